@@ -1,0 +1,42 @@
+"""FedAvg-FT's client half: trains as FedAvg's; the personal model is a copy of the global one, fine-tuned.
+
+``ft_epochs`` epochs on the client's training data with learning rate ``ft_lr`` (0 = ``lr``), in training mode, so
+batch norm's running statistics adapt too. The same shuffle each time, by (seed, client, "finetune").
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, check_positive, update
+from fedsparse.packet import Packet
+from fedsparse.seeding import torch_rng
+from fedsparse.task import Client, Task
+
+
+@dataclass(frozen=True)
+class FedAvgFTClient(SgdClient):
+    """FedAvg's training; fine-tuning before evaluation."""
+
+    ft_epochs: int = 1
+    ft_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(ft_epochs=self.ft_epochs)
+        check_not_negative(ft_lr=self.ft_lr)
+
+    def train(
+        self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
+    ) -> tuple[Packet, Memory]:
+        return update(client, self.fit(task, client, packet.tensors, rng)), memory
+
+    def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
+        tuner = replace(self, epochs=self.ft_epochs, lr=self.ft_lr or self.lr)
+        tuned = tuner.fit(task, client, packet.tensors, torch_rng(task.seed, client.id, "finetune")).params
+        return {
+            "personal": task.score(tuned, client.held_out),
+            "global": task.score(packet.tensors, client.held_out),
+        }

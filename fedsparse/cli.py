@@ -1,0 +1,210 @@
+"""The command line. It imports neither torch nor Flower before a command needs them, so that ``--help`` is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import click
+import typer
+
+from fedsparse.errors import ClientError, UserError, unknown
+
+if TYPE_CHECKING:
+    from fedsparse.experiment import Experiment
+    from fedsparse.run import Run
+
+USER_ERROR, INTERRUPTED = 2, 130  # exit codes
+
+app = typer.Typer(
+    name="fedsparse",
+    help="Federated learning in which every client trains a sparse model that fits its own budget.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> NoReturn:
+    """The console script: exit code 0, 2 for what the user can mend (one line on standard error), 130 for Ctrl-C."""
+    try:
+        code = app(sys.argv[1:] or ["--help"], prog_name="fedsparse", standalone_mode=False) or 0
+        sys.stdout.flush()
+        if code == INTERRUPTED:  # typer turns Ctrl-C within a command into this code
+            _fail("interrupted", code)
+    except click.ClickException as error:
+        code = _fail(error.format_message())
+    except UserError as error:
+        code = _fail(str(error))
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fedsparse {version('fedsparse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def run(
+    experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a built-in experiment.")] = "",
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key.")] = None,
+    method: Annotated[str, typer.Option(help="A method, pkg.module:Class or a file.")] = "",
+    client: Annotated[str, typer.Option(help="A client half of yours under the method's server half.")] = "",
+    dataset: Annotated[str, typer.Option(help="A data set, a .npz file or a folder.")] = "",
+    model: Annotated[str, typer.Option(help="A model.")] = "",
+    rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes partition, initial model and all randomness.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; it must not exist.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors, the clients' too.")] = False,
+) -> None:
+    """Train and write a run folder. Everything has a default."""
+    options = {"method": method, "client": client, "dataset": dataset, "model": model}
+    numbers = {"rounds": rounds, "seed": seed, "engine.workers": workers}
+    changes = [f"{key}={value}" for key, value in options.items() if value]
+    changes += [f"{key}={value}" for key, value in numbers.items() if value is not None]
+    try:
+        done = _run(_experiment(experiment, [*(settings or []), *changes]), out, quiet)
+    except UserError as error:
+        if debug:
+            _print_trace(error)
+        raise
+    _print_result(done, quiet, as_json)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders of finished runs.")],
+    csv: Annotated[Path | None, typer.Option(help="Write CSV to this file, or to standard output with -.")] = None,
+) -> None:
+    """Put runs side by side: a row a method and budget tier."""
+    from fedsparse.report import tables
+
+    records = [tables.read_run(folder) for folder in runs]
+    warning = tables.differences(records)
+    if warning:
+        typer.echo(f"warning: {warning}", err=True)
+    rows = tables.compare_rows(records)
+    if csv is None:
+        typer.echo(tables.text_table(rows), nl=False)
+    elif str(csv) == "-":
+        typer.echo(tables.csv_table(rows), nl=False)
+    else:
+        _write(csv, tables.csv_table(rows))
+
+
+@app.command(name="list")
+def list_names(kind: Annotated[str, typer.Argument(metavar="methods|models|datasets|experiments")]) -> None:
+    """Print the names that are known."""
+    if kind not in _LISTS:
+        raise unknown("list", kind, _LISTS)
+    for name in _LISTS[kind]():
+        typer.echo(name)
+
+
+def _methods() -> tuple[str, ...]:
+    from fedsparse.method import method_names
+
+    return method_names()
+
+
+def _models() -> tuple[str, ...]:
+    from fedsparse.models import model_names
+
+    return model_names()
+
+
+def _datasets() -> tuple[str, ...]:
+    from fedsparse.data import dataset_names
+
+    return dataset_names()
+
+
+def _experiments() -> tuple[str, ...]:
+    from fedsparse.experiment import experiment_names
+
+    return experiment_names()
+
+
+_LISTS: dict[str, Callable[[], tuple[str, ...]]] = {
+    "methods": _methods,
+    "models": _models,
+    "datasets": _datasets,
+    "experiments": _experiments,
+}
+
+
+def _experiment(source: str, overrides: list[str]) -> Experiment:
+    from fedsparse.experiment import from_dict, load_experiment
+
+    return load_experiment(source, overrides) if source else from_dict({}, overrides)
+
+
+def _run(experiment: Experiment, out: Path | None, quiet: bool) -> Run:
+    from fedsparse.report.progress import LiveProgress
+    from fedsparse.run import run
+
+    if quiet:
+        return run(experiment, out=out)
+    for note in experiment.notes:
+        typer.echo(f"note: {note}", err=True)
+    progress = LiveProgress()
+    try:
+        return run(experiment, out=out, on_round=progress)
+    finally:
+        progress.close()
+
+
+def _print_result(done: Run, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        typer.echo((done.directory / "summary.json").read_text(encoding="utf-8").rstrip())
+    elif not quiet:
+        from fedsparse.report.tables import text_table, tier_rows
+
+        typer.echo(text_table(tier_rows(done.summary)), nl=False)
+        for note in done.summary.get("notes", ()):
+            typer.echo(f"note: {note}")
+        typer.echo(f"run folder: {done.directory}")
+
+
+def _print_trace(error: UserError) -> None:
+    import traceback
+
+    if isinstance(error, ClientError):
+        typer.echo(error.trace, err=True)
+    traceback.print_exception(error)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _fail(message: str, code: int = USER_ERROR) -> int:
+    one_line = " ".join(message.split())
+    typer.echo(f"error: {one_line}", err=True)
+    return code

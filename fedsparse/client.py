@@ -1,0 +1,218 @@
+"""FederatedClient: the base of every client half, and the Flower ClientApp around it."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fedsparse.errors import UserError
+from fedsparse.packet import Packet, Scalar, decode, encode, run_words
+from fedsparse.seeding import torch_rng
+from fedsparse.sgd import Fit, sgd
+from fedsparse.task import Client, Score, Task
+
+if TYPE_CHECKING:
+    from flwr.app import Context, Message
+    from flwr.clientapp import ClientApp
+
+Memory = dict[str, Tensor]
+Metrics = Mapping[str, Score]
+_MEMORY = "memory"
+
+
+@dataclass(frozen=True)
+class FederatedClient(ABC):
+    """A client half: a frozen dataclass of flat hyper-parameters. All state comes in and goes out."""
+
+    @abstractmethod
+    def train(
+        self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
+    ) -> tuple[Packet, Memory]:
+        """Answer a packet. Returns the reply and the client's new memory (a flat dict of tensors).
+
+        The reply's scalars: ``weight`` (its share in averages, usually the number of training examples); if known
+        ``loss``, ``samples`` (seen in training), and what differs from the dense model: ``density_true`` and
+        ``density_nominal`` (the largest over batches), ``flops`` (of this training), ``forward_macs`` (per sample),
+        ``memory`` (peak model bytes). ``packet`` is shared: clone before writing.
+        """
+
+    @abstractmethod
+    def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
+        """Scores on ``client.held_out``: ``personal`` (the model that this client would deploy now) and, where the
+        packet holds one, ``global`` (the plain global model)."""
+
+    def local(self, packet: Packet, reply: Packet) -> Packet:
+        """The packet with which ``evaluate`` scores the model just trained, before aggregation.
+
+        By default the reply itself, which fits every method that uploads a whole model.
+        """
+        return replace(reply, kind="evaluate")
+
+
+@dataclass(frozen=True)
+class SgdClient(FederatedClient):
+    """Abstract: a client half that trains a whole model with plain SGD, and its hyper-parameters.
+
+    lr: learning rate. epochs: over the local training data. momentum: its buffer starts anew each round.
+    clip: largest global L2 norm of a gradient, 0 = none.
+    """
+
+    lr: float = 0.05
+    epochs: int = 1
+    batch_size: int = 32
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_positive(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
+        check_not_negative(weight_decay=self.weight_decay, clip=self.clip)
+        if not 0 <= self.momentum < 1:
+            raise UserError(f"momentum must be in [0, 1), got {self.momentum}")
+
+    def fit(
+        self, task: Task, client: Client, params: Mapping[str, Tensor], rng: torch.Generator, *, proximal: float = 0.0
+    ) -> Fit:
+        """Local training from ``params`` on the client's training data."""
+        return sgd(
+            task,
+            params,
+            client.train,
+            lr=self.lr,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            rng=rng,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            clip=self.clip,
+            proximal=proximal,
+        )
+
+
+def update(client: Client, fit: Fit) -> Packet:
+    """The upload of a whole model: values, not differences, and the facts every reply carries."""
+    return Packet("update", fit.params, training_facts(client, fit))
+
+
+def training_facts(client: Client, fit: Fit) -> dict[str, Scalar]:
+    """The scalars of a reply after plain local training."""
+    return {"weight": len(client.train), "samples": fit.samples, "loss": fit.loss}
+
+
+def check_positive(**values: float) -> None:
+    """Raise UserError for the first hyper-parameter that is not above 0."""
+    for name, value in values.items():
+        if not value > 0:
+            raise UserError(f"{name} must be above 0, got {value}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Raise UserError for the first hyper-parameter below 0."""
+    for name, value in values.items():
+        if not value >= 0:
+            raise UserError(f"{name} must be at least 0, got {value}")
+
+
+@dataclass(frozen=True)
+class RunWords:
+    """What rides along with a packet: which client half with which hyper-parameters, and where we are."""
+
+    client: str
+    hyper: Mapping[str, Any]
+    seed: int
+    round: int
+    local: bool = False
+
+    def dump(self) -> str:
+        return json.dumps([self.client, dict(self.hyper), self.seed, self.round, self.local], separators=(",", ":"))
+
+
+@lru_cache(maxsize=64)
+def _read_words(text: str) -> tuple[RunWords, FederatedClient]:
+    """The words, and the client half that they name."""
+    from fedsparse.method import load_client
+
+    client, hyper, seed, server_round, local = json.loads(text)
+    return RunWords(client, hyper, seed, server_round, local), load_client(client)(**hyper)
+
+
+def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
+    """A Flower ClientApp that serves every method. ``clients`` gives the data of a partition number."""
+    from flwr.clientapp import ClientApp
+
+    app = ClientApp()
+
+    def answer(message: Message, context: Context, work: Callable[..., Packet]) -> Message:
+        from flwr.app import Message as FlowerMessage
+
+        from fedsparse.lent import LentRecords
+
+        try:
+            client = clients(int(context.node_config["partition-id"]))
+            reply = work(task, client, message.content, context)
+        except Exception as error:  # any engine then tells the server who failed, and how
+            reply = Packet("error", scalars={"message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
+        lend = getattr(context, "lend", False)  # our own engines
+        return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        return answer(message, context, _train)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return answer(message, context, _evaluate)
+
+    @app.query()
+    def query(message: Message, context: Context) -> Message:
+        return answer(message, context, lambda *_: Packet("partition", scalars={"id": int(context.node_config["partition-id"])}))
+
+    return app
+
+
+def _train(task: Task, client: Client, records: Any, context: Context) -> Packet:
+    start = time.perf_counter()
+    packet = decode(records)
+    words, half = _read_words(run_words(records))
+    memory = _load(context)
+    rng = torch_rng(words.seed, words.round, client.id, "train")
+    reply, kept = half.train(task, client, packet, memory, rng)
+    if kept is not memory:
+        _save(context, kept)
+    scalars: dict[str, Any] = {**reply.scalars, "train_seconds": time.perf_counter() - start}
+    if words.local:
+        scores = half.evaluate(task, client, half.local(packet, reply), kept)
+        scalars |= _score_scalars({"local": scores["personal"]})
+        scalars["local_seconds"] = time.perf_counter() - start - scalars["train_seconds"]
+    return replace(reply, scalars=scalars)
+
+
+def _evaluate(task: Task, client: Client, records: Any, context: Context) -> Packet:
+    packet = decode(records)
+    _, half = _read_words(run_words(records))
+    return Packet("scores", scalars=_score_scalars(half.evaluate(task, client, packet, _load(context))))
+
+
+def _score_scalars(scores: Metrics) -> dict[str, int | float]:
+    out: dict[str, int | float] = {}
+    for name, score in scores.items():
+        out |= {f"{name}.n": score.n, f"{name}.correct": score.correct, f"{name}.loss": score.loss}
+    return out
+
+
+def _load(context: Context) -> Memory:
+    return dict(decode(context.state).tensors) if "config" in context.state else {}
+
+
+def _save(context: Context, memory: Memory) -> None:
+    for name, record in encode(Packet(_MEMORY, memory)).items():
+        context.state[name] = record

@@ -1,0 +1,1 @@
+"""Engines: Flower Grids that run the clients."""

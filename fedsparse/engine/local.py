@@ -1,0 +1,339 @@
+"""The local engine: a Flower Grid that runs ClientApps in this process, or on long-lived worker processes.
+
+With one worker clients run one after the other right here, when their reply is asked for, so a debugger works. With N
+workers, N processes of one thread each get lists of messages and return lists of replies through shared memory; there
+is no server, no port, and no call per client. Data that exist before ``LocalGrid(...)`` are inherited, not copied.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedsparse.engine.shared import Arena, Layout, chunks, copied, lay, pick
+from fedsparse.errors import ClientError, UserError
+
+_RUN_ID = 1
+_FAILED = 1000  # error code of a client that raised, in Flower's range for applications
+_CHUNKS_PER_WORKER = 4  # enough to even out unequal clients, few enough to cost nothing
+_AHEAD = 2  # chunks a worker has at hand, so that it never waits for the next
+
+AppOrFactory = ClientApp | Callable[[], ClientApp]
+
+
+class LocalContext(Context):
+    """A Flower context on this machine. lend: the reply may be lent as it is, not encoded."""
+
+    lend: bool = False
+
+
+class OrderedReplies:
+    """A stream of replies in partition order. Each reply is valid until the next one is asked for."""
+
+    ordered = True
+
+    def __init__(self, stream: Iterator[Message]) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> Iterator[Message]:
+        return self._stream
+
+
+class LocalGrid(Grid):
+    """A Flower Grid over ``partitions`` clients in this process (``workers=1``) or on worker processes.
+
+    app: a ClientApp. own_replies: replies and downloads are the receiver's own (what a stock Flower app expects);
+    False lends packets and views of shared memory, valid until the next reply is asked for, and is faster.
+    Use it as a context manager, or call ``close``.
+    """
+
+    def __init__(self, app: ClientApp, partitions: int, *, workers: int = 1, own_replies: bool = True) -> None:
+        if partitions < 1 or workers < 1:
+            raise UserError(f"a grid needs at least one client and one worker, got {partitions} and {workers}")
+        self.partitions = {i: i + 1 for i in range(partitions)}  # id -> node id
+        self.workers = min(workers, partitions)
+        self.busy_seconds = 0.0  # of the last exchange, over all workers
+        self.lends = not own_replies
+        self._own = own_replies
+        self._states: dict[int, RecordDict] = {}
+        self._pending: dict[str, Message] = {}
+        torch.set_num_threads(1)  # one thread per client computation, whatever the number of workers
+        _identify(node=0)
+        self._pool: _Pool | None = _Pool(app, partitions, self.workers, own_replies) if self.workers > 1 else None
+        self._here = _Runner(app, partitions, self.lends)
+
+    # --- Flower's Grid -------------------------------------------------------------------------------------------
+
+    def set_run(self, run: Any) -> None:
+        """A local grid has one run."""
+
+    @property
+    def run(self) -> Any:
+        from flwr.supercore.run import Run
+
+        return Run.create_empty(_RUN_ID)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message from the server to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The node ids: partition number + 1."""
+        return list(self.partitions.values())
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Take messages; the work is done when their replies are pulled."""
+        ids = []
+        for message in messages:
+            ids.append(uuid.uuid4().hex)
+            message.metadata.__dict__["_message_id"] = ids[-1]  # as Flower's own grids do
+            self._pending[ids[-1]] = message
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies to pushed messages."""
+        wanted = [self._pending.pop(i) for i in message_ids if i in self._pending]
+        return list(self._exchange(wanted))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Run the clients; replies in partition order. ``timeout`` is ignored: local clients always answer."""
+        replies = self._exchange(list(messages))
+        return list(replies) if self._own else OrderedReplies(replies)
+
+    # --- client states -------------------------------------------------------------------------------------------
+
+    def states(self) -> dict[int, RecordDict]:
+        """Each client's Flower state (its memory), by partition number."""
+        return dict(self._states)
+
+    def close(self) -> None:
+        """End the workers."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def __enter__(self) -> LocalGrid:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _exchange(self, messages: list[Message]) -> Iterator[Message]:
+        self.busy_seconds = 0.0
+        jobs = sorted(((m.metadata.dst_node_id - 1, m) for m in messages), key=lambda job: job[0])
+        for i, _ in jobs:
+            if i not in self.partitions:
+                raise UserError(f"no client {i} on this grid of {len(self.partitions)}")
+        if self._pool is None or len(jobs) == 1:
+            yield from self._run_here(jobs)
+        else:
+            yield from self._run_there(jobs)
+
+    def _run_here(self, jobs: list[tuple[int, Message]]) -> Iterator[Message]:
+        for i, message in jobs:
+            start = time.perf_counter()
+            content = copied(message.content) if self._own else message.content
+            state = self._states.get(i, RecordDict())
+            reply = self._here(i, message, content, state)
+            self._states[i] = state
+            self.busy_seconds += time.perf_counter() - start
+            yield reply
+
+    def _run_there(self, jobs: list[tuple[int, Message]]) -> Iterator[Message]:
+        assert self._pool is not None
+        for (i, message), (content, state, error) in zip(jobs, self._pool.run(jobs, self._states), strict=True):
+            if state is not None:
+                self._states[i] = state
+            yield Message(Error(*error), reply_to=message) if content is None else Message(content, reply_to=message)
+        self.busy_seconds = self._pool.busy_seconds
+
+
+def _identify(node: int) -> None:
+    """Flower messages need to know whose they are (flwr's one private import here; a test guards it)."""
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = _RUN_ID, 0, node
+
+
+class _Runner:
+    """Calls the app for one client. Its errors become Flower error replies."""
+
+    def __init__(self, app: ClientApp, partitions: int, lend: bool) -> None:
+        self._app = app
+        self._partitions = partitions
+        self._lend = lend
+
+    def __call__(self, i: int, message: Message, content: RecordDict, state: RecordDict) -> Message:
+        config: dict[str, bool | float | int | str] = {"partition-id": i, "num-partitions": self._partitions}
+        context = LocalContext(_RUN_ID, i + 1, config, state, {})
+        context.lend = self._lend
+        asked = message
+        if content is not message.content:
+            asked = Message(content, i + 1, message.metadata.message_type, group_id=message.metadata.group_id)
+        try:
+            return self._app(asked, context)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+            return Message(Error(_FAILED, reason), reply_to=message)
+
+
+# --- worker processes ------------------------------------------------------------------------------------------------
+
+_Job = tuple[int, str, str, int, Layout | None]  # partition, message type, group, which content, state
+_Answer = tuple[Layout | None, Layout | None, tuple[int, str] | None]
+
+
+class _Pool:
+    """Worker processes that live as long as the grid. Forked (or spawned) before any thread starts."""
+
+    def __init__(self, app: ClientApp, partitions: int, workers: int, own: bool) -> None:
+        self.busy_seconds = 0.0
+        self._own = own
+        self._down = Arena()
+        self._up = [Arena() for _ in range(workers)]
+        self._pipes: list[Connection] = []
+        self._processes: list[BaseProcess] = []
+        if "fork" not in multiprocessing.get_all_start_methods():
+            raise UserError("engine.workers > 1 needs a system that can fork; use workers = 1")
+        fork = multiprocessing.get_context("fork")
+        sys.stdout.flush()
+        for arena in self._up:
+            ours, theirs = fork.Pipe()
+            inherited = [*self._pipes, ours]
+            process = fork.Process(
+                target=_work, args=(_Runner(app, partitions, not own), theirs, inherited, self._down, arena), daemon=True
+            )
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(
+        self, jobs: list[tuple[int, Message]], states: dict[int, RecordDict]
+    ) -> Iterator[tuple[RecordDict | None, RecordDict | None, tuple[int, str] | None]]:
+        """Answers in the order of ``jobs``, as a stream: content, new state, error."""
+        self._down.reset()
+        self.busy_seconds = 0.0
+        contents, sent = self._contents(jobs, states)
+        lists = list(chunks(sent, _CHUNKS_PER_WORKER * len(self._pipes)))
+        waiting = deque(enumerate(lists))
+        done: dict[int, tuple[int, list[_Answer]]] = {}
+        load = [0] * len(self._pipes)
+        first = [True] * len(self._pipes)
+        for _ in range(_AHEAD):
+            for w in range(len(self._pipes)):
+                self._give(w, waiting, load, contents if first[w] else None)
+                first[w] = False
+        for number in range(len(lists)):
+            while number not in done:
+                self._collect(waiting, load, done)
+            worker, answers = done.pop(number)
+            for content, state, error in answers:
+                arena = self._up[worker]
+                yield (
+                    None if content is None else pick(content, arena, copy=self._own),
+                    None if state is None else pick(state, arena, copy=True),
+                    error,
+                )
+
+    def _contents(self, jobs: list[tuple[int, Message]], states: dict[int, RecordDict]) -> tuple[list[Layout], list[_Job]]:
+        """Each distinct download laid out once, and the jobs that name it."""
+        contents: list[Layout] = []
+        index: dict[int, int] = {}
+        sent: list[_Job] = []
+        for i, message in jobs:
+            records = message.content
+            if id(records) not in index:
+                index[id(records)] = len(contents)
+                contents.append(lay(records, self._down))
+            state = lay(states[i], self._down) if i in states else None
+            sent.append((i, message.metadata.message_type, message.metadata.group_id, index[id(records)], state))
+        return contents, sent
+
+    def _give(self, worker: int, waiting: deque[tuple[int, list[_Job]]], load: list[int], contents: list[Layout] | None) -> None:
+        if waiting:
+            number, jobs = waiting.popleft()
+            try:
+                self._pipes[worker].send((number, contents, jobs))
+            except OSError as error:
+                raise self._lost(worker) from error
+            load[worker] += 1
+
+    def _collect(
+        self, waiting: deque[tuple[int, list[_Job]]], load: list[int], done: dict[int, tuple[int, list[_Answer]]]
+    ) -> None:
+        for pipe in wait(self._pipes):
+            worker = self._pipes.index(pipe)  # type: ignore[arg-type]
+            try:
+                number, seconds, answers = self._pipes[worker].recv()
+            except (EOFError, OSError) as error:
+                raise self._lost(worker) from error
+            done[number] = worker, answers
+            load[worker] -= 1
+            self.busy_seconds += seconds
+            self._give(worker, waiting, load, None)
+
+    def _lost(self, worker: int) -> ClientError:
+        self._processes[worker].join(1)
+        code = self._processes[worker].exitcode
+        return ClientError(f"worker process {worker + 1} of {len(self._pipes)} died (exit code {code}); out of memory?")
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(2)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for arena in [self._down, *self._up]:
+            arena.close()
+
+
+def _work(runner: _Runner, pipe: Connection, inherited: list[Connection], down: Arena, up: Arena) -> None:
+    """A worker's life: lists of jobs in, lists of answers out, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+    for end in inherited:  # else a dead driver's pipes would stay open in its workers
+        end.close()
+    torch.set_num_threads(1)
+    contents: list[RecordDict] = []
+    try:
+        while True:
+            number, layouts, jobs = pipe.recv()
+            start = time.perf_counter()
+            if layouts is not None:
+                up.reset()
+                contents = [pick(layout, down, copy=False) for layout in layouts]
+            answers = [_answer(runner, job, contents, down, up) for job in jobs]
+            pipe.send((number, time.perf_counter() - start, answers))
+    except (EOFError, OSError, KeyboardInterrupt):
+        os._exit(0)
+
+
+def _answer(runner: _Runner, job: _Job, contents: list[RecordDict], down: Arena, up: Arena) -> _Answer:
+    i, message_type, group, which, state_layout = job
+    state = RecordDict() if state_layout is None else pick(state_layout, down, copy=True)
+    before = dict(state)
+    message = Message(contents[which], i + 1, message_type, group_id=group)
+    reply = runner(i, message, contents[which], state)
+    changed = state.keys() != before.keys() or any(state[k] is not before[k] for k in before)
+    new_state = lay(state, up) if changed else None
+    if reply.has_error():
+        return None, new_state, (reply.error.code, reply.error.reason or "")
+    return lay(reply.content, up), new_state, None

@@ -1,0 +1,152 @@
+"""load_method: a name, ``module:Class`` or a file -> the two halves of a method. Built-in methods are discovered."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import pkgutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fedsparse.client import FederatedClient
+from fedsparse.errors import UserError, unknown
+from fedsparse.strategy import FederatedStrategy
+
+_APPS = ("server_app", "client_app")  # files for `flwr run`, not methods
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its name and its two classes."""
+
+    name: str
+    strategy: type[FederatedStrategy]
+    client: type[FederatedClient]
+    client_spec: str
+
+
+def method_names() -> tuple[str, ...]:
+    """The built-in methods: every file in ``strategies/``."""
+    package = _builtin("strategies")
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _APPS))
+
+
+def load_method(spec: str, client: str = "") -> Method:
+    """The method of that name, ``pkg.module:Class`` or ``file.py[:Class]``; ``client`` puts another client half under it."""
+    strategy = _load(spec, FederatedStrategy, "strategies", "method")
+    client_spec = client or strategy.client
+    name = spec if spec in method_names() else strategy.__name__.lower()
+    return Method(name, strategy, load_client(client_spec), client_spec)
+
+
+@lru_cache(maxsize=64)
+def load_client(spec: str) -> type[FederatedClient]:
+    """The client half of that name, ``pkg.module:Class`` or ``file.py[:Class]``."""
+    loaded: type[FederatedClient] = _load(spec, FederatedClient, "clients", "client")
+    return loaded
+
+
+def hyper_parameters(method: Method) -> dict[str, Any]:
+    """All hyper-parameters of both halves with their defaults, by name."""
+    return {**_defaults(method.client), **_defaults(method.strategy)}
+
+
+def build(method: Method, hyper: Mapping[str, Any]) -> FederatedStrategy:
+    """The strategy with ``hyper`` given to the halves that know each name. Raises UserError for bad names and values."""
+    known = hyper_parameters(method)
+    for name, value in hyper.items():
+        if name not in known:
+            raise unknown(f"hyper-parameter of {method.name}", name, known)
+        _check_kind(method.name, name, value, known[name])
+    server = {k: _like(v, known[k]) for k, v in hyper.items() if k in _defaults(method.strategy)}
+    local = {k: _like(v, known[k]) for k, v in hyper.items() if k in _defaults(method.client)}
+    try:
+        method.client(**local)
+        return method.strategy(**server, client_spec=method.client_spec, client_config=local)
+    except ValueError as error:
+        raise UserError(f"method {method.name}: {error}") from error
+
+
+def _like(value: Any, default: Any) -> Any:
+    return float(value) if isinstance(default, float) and isinstance(value, int) else value
+
+
+def _check_kind(method: str, name: str, value: Any, default: Any) -> None:
+    kinds = (int, float) if isinstance(default, float) else (type(default),)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+        raise UserError(f"{method}.{name} must be a {type(default).__name__}, got {value!r}")
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return {f.name: f.default for f in fields if f.name not in ("client_spec", "client_config")}
+
+
+def _load(spec: str, base: type[Any], folder: str, kind: str) -> Any:
+    path, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
+    module = _module(path, folder, kind)
+    found = {n: c for n, c in vars(module).items() if _is_final(c, base) and c.__module__ == module.__name__}
+    if name and name not in found:
+        raise unknown(f"{base.__name__} in {path}", name, found)
+    if not name and len(found) != 1:
+        raise UserError(f"{kind} {spec!r} must hold one {base.__name__}, it holds {sorted(found) or 'none'}; name one with {spec}:Class")
+    return found[name or next(iter(found))]
+
+
+def _is_final(cls: Any, base: type[Any]) -> bool:
+    return inspect.isclass(cls) and issubclass(cls, base) and cls is not base and not inspect.isabstract(cls)
+
+
+def _module(path: str, folder: str, kind: str) -> ModuleType:
+    if path.endswith(".py") or "/" in path:
+        return _file_module(Path(path), kind)
+    if "." not in path:
+        package = _builtin(folder)
+        names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _APPS]
+        if path not in names:
+            raise unknown(kind, path, names)
+        path = f"{folder}.{path}"
+    elif path.split(".")[0] == folder:
+        _builtin(folder)
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{kind} {path!r}: no such module ({error})") from error
+
+
+def _file_module(path: Path, kind: str) -> ModuleType:
+    if not path.is_file():
+        raise UserError(f"{kind} file {str(path)!r} does not exist")
+    name = "fedsparse_user_" + hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{kind} file {str(path)!r} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
+
+
+@lru_cache(maxsize=4)
+def _builtin(folder: str) -> ModuleType:
+    """The package ``strategies`` or ``clients`` that came with fedsparse: the names are generic, so check the place."""
+    package = importlib.import_module(folder)
+    home = Path(__file__).resolve().parents[1]
+    places = [Path(p).resolve().parent for p in package.__path__]
+    if home not in places:
+        raise UserError(f"another package named {folder!r} ({places[0]}) hides the one that came with fedsparse ({home})")
+    return package

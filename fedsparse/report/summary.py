@@ -1,0 +1,148 @@
+"""``summary.json``: the figures of a run, over all clients and tier by tier.
+
+A figure is the mean of the last five evaluated rounds, never the best on test data. What is not known is null.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fedsparse.seeding import numpy_rng
+
+Row = Mapping[str, Any]
+POINTS = ("local", "personal", "global")
+_LAST = 5  # evaluated rounds that a figure averages
+_DRAWS = 2000  # simulated federations behind the noise figure
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a summary says that does not come from the rows."""
+
+    method: str
+    dataset: str
+    model: str
+    engine: str
+    seed: int
+    split: str
+    rounds: int
+    clients: int
+    wall: float
+    digest: str
+    dense_bytes: int
+    dense_flops: float
+    dense_memory: int
+    notes: tuple[str, ...]
+
+
+def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
+    """The content of ``summary.json`` (the stable names of the documentation, and ``tiers``)."""
+    named = {k: v for k, v in asdict(facts).items() if k not in ("wall", "dense_bytes", "dense_flops", "dense_memory")}
+    tiers = sorted({row["tier"] for row in rows}, key=lambda t: math.inf if t is None else t, reverse=True)
+    whole = _figures(rows)
+    seconds = {key: sum(r["seconds"][key] for r in rounds) for key in ("train", "encode", "reduce", "evaluate", "idle")}
+    return {
+        **named,
+        "accuracy": whole["accuracy"],
+        "density": whole["density"],
+        "bytes": {
+            **whole["bytes"],
+            "up_total": sum(r["bytes"]["up"] for r in rounds),
+            "down_total": sum(r["bytes"]["down"] for r in rounds),
+            "evaluation_total": sum(r["bytes"]["evaluation"] for r in rounds),
+            "dense_per_client_round": facts.dense_bytes,
+        },
+        "flops": {**whole["flops"], "dense_train_per_client_round": facts.dense_flops},
+        "memory": {"peak_model_bytes": _most(rows, "memory"), "dense_peak_model_bytes": facts.dense_memory},
+        "seconds": {"wall": facts.wall, **seconds, "simulated": None},
+        "failures": {
+            "clients": sum(r["failures"] for r in rounds),
+            "dropped": 0,
+            "over_budget": sum(row["over_budget"] for row in rows),
+        },
+        "masks": {"distinct": None, "mean_overlap": None},
+        "tiers": [
+            {"density_budget": tier, **_figures([row for row in rows if row["tier"] == tier])} for tier in tiers
+        ],
+    }
+
+
+def _figures(rows: Sequence[Row]) -> dict[str, Any]:
+    trained = [row for row in rows if row["bytes_up"] is not None]
+    macs = _mean(row["forward_macs"] for row in trained)
+    return {
+        "clients": len({row["client"] for row in rows}),
+        "accuracy": {point: accuracy(rows, point) for point in POINTS},
+        "density": {
+            "nominal": _mean(row["density_nominal"] for row in trained),
+            "true_mean": _mean(row["density_true"] for row in trained),
+            "true_max": _most(trained, "density_true"),
+        },
+        "bytes": {
+            "up_per_client_round": _mean(row["bytes_up"] for row in trained),
+            "down_per_client_round": _mean(row["bytes_down"] for row in trained),
+        },
+        "flops": {
+            "train_per_client_round": _mean(row["flops"] for row in trained),
+            "inference_per_sample": None if macs is None else 2 * macs,
+        },
+        "seconds": {"train_per_client_round": _mean(row["seconds"] for row in trained)},
+    }
+
+
+def accuracy(rows: Sequence[Row], point: str) -> dict[str, float | None]:
+    """mean, weighted (by test examples), bottom_decile (mean of the ceil(K/10) lowest clients), p10 (index floor(K/10)),
+    and bottom_decile_noise: the bottom decile that test-set noise alone would give if all clients were equally good."""
+    evaluated = [row for row in rows if row[point] is not None]
+    last = set(sorted({row["round"] for row in evaluated})[-_LAST:])
+    by_client: dict[int, list[float]] = {}
+    tests: dict[int, int] = {}
+    for row in evaluated:
+        if row["round"] in last:
+            by_client.setdefault(row["client"], []).append(row[point])
+            tests[row["client"]] = row["n_test"]
+    if not by_client:
+        return dict.fromkeys(("mean", "weighted", "bottom_decile", "p10", "bottom_decile_noise"))
+    values = np.array([np.mean(by_client[i]) for i in sorted(by_client)])  # (clients,)
+    n = np.array([tests[i] for i in sorted(by_client)])
+    ordered = np.sort(values)
+    return {
+        "mean": float(values.mean()),
+        "weighted": float((values * n).sum() / max(1, n.sum())),
+        "bottom_decile": float(_lowest(ordered).mean()),
+        "p10": float(ordered[len(ordered) // 10]),
+        "bottom_decile_noise": noise_bottom_decile(float((values * n).sum() / max(1, n.sum())), n),
+    }
+
+
+def noise_bottom_decile(probability: float, tests: np.ndarray[Any, Any]) -> float:
+    """The expected bottom decile of clients that are all right with ``probability``: binomial, with their test sizes."""
+    tests = tests[tests > 0]
+    if not len(tests):
+        return math.nan
+    right = numpy_rng("noise").binomial(tests, min(1.0, max(0.0, probability)), size=(_DRAWS, len(tests)))
+    return float(_lowest(np.sort(right / tests, axis=1)).mean())
+
+
+def _lowest(ordered: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The ceil(K/10) lowest along the last axis, which is sorted."""
+    return ordered[..., : -(-ordered.shape[-1] // 10)]
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _most(rows: Sequence[Row], name: str) -> float | None:
+    return _best(max, (row[name] for row in rows))
+
+
+def _best(choose: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return choose(known) if known else None

@@ -1,0 +1,280 @@
+"""An experiment -> an engine -> a run directory. All that the command line does goes through ``run``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsparse.budget import assign, narrow_width
+from fedsparse.client import client_app
+from fedsparse.cost import memory_bytes, trace, train_flops
+from fedsparse.data import FederatedData, federate, load_dataset
+from fedsparse.engine.local import LocalGrid
+from fedsparse.errors import ClientError, UserError
+from fedsparse.experiment import Experiment, toml_text
+from fedsparse.method import build, load_method
+from fedsparse.models import build_model
+from fedsparse.packet import Packet, decode
+from fedsparse.report.summary import Facts, summarise
+from fedsparse.seeding import seed_of
+from fedsparse.strategy import FederatedStrategy, Plan, State
+from fedsparse.task import Client, Device, Score, Task
+
+OnRound = Callable[[dict[str, Any]], None]
+_BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
+_PACKAGES = ("fedsparse", "torch", "numpy", "flwr")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its folder, ``summary.json``, the lines of ``rounds.jsonl``, the rows of ``clients.parquet``,
+    the server's final state and each client's memory."""
+
+    directory: Path
+    summary: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    clients: list[dict[str, Any]]
+    state: State
+    memories: dict[int, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What an experiment trains: the task, the clients with their data and budgets, and what was noted on the way."""
+
+    task: Task
+    clients: tuple[Client, ...]
+    model: str
+    notes: tuple[str, ...]
+
+
+def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRound | None = None) -> Run:
+    """Run an experiment and write its run directory (``out``, or a new one under ``runs/``).
+
+    on_round: called after each round with its line of ``rounds.jsonl``. Raises UserError (one line) for whatever the
+    user can mend; a run that fails or is interrupted leaves no ``summary.json``.
+    """
+    start = time.perf_counter()
+    method = load_method(experiment.method, experiment.client)
+    strategy = build(method, experiment.hyper)
+    federation = federation_of(experiment)
+    devices = [client.device for client in federation.clients]
+    strategy.init(federation.task, devices)  # budgets that cannot be met are refused before anything is written
+    directory = _new_directory(experiment, method.name, out)
+    _write(directory / "config.toml", _config(experiment, federation))
+    rounds: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+
+    def keep(report: dict[str, Any]) -> None:
+        rows.extend(_plain_row(row, federation) for row in report.pop("rows"))
+        rounds.append(report)
+        with (directory / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(report) + "\n")
+        if on_round:
+            on_round(report)
+
+    app = client_app(federation.task, lambda i: federation.clients[i])
+    with _errors_to(directory), LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid:
+        strategy.start(
+            grid, num_rounds=experiment.rounds, task=federation.task, devices=devices, plan=_plan(experiment), on_round=keep
+        )
+        memories = {i: dict(decode(state).tensors) for i, state in sorted(grid.states().items()) if len(state)}
+    summary = _summary(experiment, method.name, federation, strategy, rounds, rows, memories, time.perf_counter() - start)
+    _save_tensors(directory / "final.safetensors", strategy.state, memories)
+    _save_rows(directory / "clients.parquet", rows)
+    _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
+    return Run(directory, summary, rounds, rows, strategy.state, memories)
+
+
+# --- what is trained -------------------------------------------------------------------------------------------------
+
+
+def federation_of(experiment: Experiment) -> Federation:
+    """Load and partition the data, build the model (initial parameters fixed by the seed), assign the budgets."""
+    data = federate(load_dataset(experiment.dataset), experiment.partition, experiment.seed)
+    model_name = experiment.model or data.default_model
+    if experiment.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device 'cuda': torch finds no GPU here; use device = \"cpu\"")
+    task, notes = _task(experiment, data, model_name)
+    budgets = assign(experiment.budget, range(len(data.clients)))
+    clients = tuple(
+        Client(Device(i, budgets[i]), c.train, c.validation, c.test, experiment.evaluate.split)
+        for i, c in enumerate(data.clients)
+    )
+    return Federation(task, clients, model_name, (*data.notes, *notes))
+
+
+def _task(experiment: Experiment, data: FederatedData, name: str) -> tuple[Task, tuple[str, ...]]:
+    def make(width: float) -> nn.Module:
+        return build_model(name, data.input_shape, data.classes, width=width, norm=experiment.norm, vocabulary=data.vocabulary)
+
+    width, notes = experiment.width, ()
+    with torch.device("meta"):
+        reference = make(width)
+    if experiment.narrow:
+        factor, share = narrow_width(
+            lambda w: make(w * experiment.width), data.input_shape, tokens=data.vocabulary > 0,
+            equal=experiment.narrow, target=experiment.narrow_to,
+        )
+        width *= factor
+        notes = (f"narrowed to width {width:.4g}: {share:.4g} of the dense model's {experiment.narrow.replace('_', '-')}",)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(experiment.seed, "model"))  # torch's own initialisers know no other generator
+        model = make(width)
+    return Task(model, data.input_shape, data.classes, experiment.seed, data.vocabulary, reference), notes
+
+
+def _plan(experiment: Experiment) -> Plan:
+    return Plan(
+        seed=experiment.seed,
+        fraction=experiment.fraction,
+        evaluate_every=experiment.evaluate.every,
+        evaluate_fraction=experiment.evaluate.fraction,
+        on_client_error=experiment.engine.on_client_error,
+        min_replies=experiment.engine.min_replies,
+        on_over_budget=experiment.budget.on_over_budget,
+    )
+
+
+def digest(state: State, memories: Mapping[int, Mapping[str, Tensor]]) -> str:
+    """A SHA-256 of the final parameters and all client memories, bit for bit."""
+    sha = hashlib.sha256()
+    for owner, tensors in (("state", state.params), *((str(i), memories[i]) for i in sorted(memories))):
+        for name in sorted(tensors):
+            t = tensors[name].contiguous().cpu()
+            sha.update(f"{owner}/{name} {t.dtype} {tuple(t.shape)}\n".encode())
+            sha.update(t.view(torch.uint8).numpy().data if t.numel() and t.dim() else t.numpy().tobytes())
+    return sha.hexdigest()
+
+
+# --- the run directory -----------------------------------------------------------------------------------------------
+
+
+def _new_directory(experiment: Experiment, method: str, out: Path | str | None) -> Path:
+    if out is None:
+        out = _free(Path("runs"), experiment.name or f"{Path(experiment.dataset).stem}_{method}_seed{experiment.seed}")
+    directory = Path(out)
+    try:
+        directory.mkdir(parents=True)
+    except FileExistsError as error:
+        raise UserError(f"output folder {str(directory)!r} exists; name another with --out or remove it") from error
+    except OSError as error:
+        raise UserError(f"output folder {str(directory)!r} cannot be made: {error.strerror}") from error
+    return directory
+
+
+def _free(parent: Path, name: str) -> Path:
+    """``parent/name``, or with the first free number behind it."""
+    path, number = parent / name, 2
+    while path.exists():
+        path, number = parent / f"{name}-{number}", number + 1
+    return path
+
+
+@contextmanager
+def _errors_to(directory: Path) -> Iterator[None]:
+    """A failing client's own traceback goes to ``client_error.txt`` in the run directory."""
+    try:
+        yield
+    except ClientError as error:
+        if error.trace:
+            _write(directory / "client_error.txt", error.trace)
+        raise
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a whole file or nothing: to a temporary name, flushed to disk, then renamed."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _config(experiment: Experiment, federation: Federation) -> str:
+    facts = {
+        "model": federation.model,
+        "clients": len(federation.clients),
+        "notes": list(federation.notes),
+        "python": platform.python_version(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "commit": _commit(),
+        **{name: version(name) for name in _PACKAGES},
+        **{name: os.environ[name] for name in _BITS if name in os.environ},
+    }
+    return experiment.to_toml() + "\n" + toml_text({"resolved": facts})
+
+
+def _commit() -> str:
+    """The git commit of the source, "" outside a checkout."""
+    with suppress(OSError, subprocess.SubprocessError):
+        home = Path(__file__).resolve().parents[1]
+        if (home / ".git").exists():
+            done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, timeout=5, check=False)
+            return done.stdout.strip()
+    return ""
+
+
+def _plain_row(row: Mapping[str, Any], federation: Federation) -> dict[str, Any]:
+    """A row of ``clients.parquet``: scores become accuracies, beside the number of examples they stand on."""
+    client = federation.clients[row["client"]]
+    plain = {k: v for k, v in row.items() if not k.startswith("_")}
+    for name in ("local", "personal", "global"):
+        score: Score | None = row[name]
+        plain[name] = None if score is None else score.correct / max(1, score.n)
+        plain[f"{name}_loss"] = None if score is None else score.loss
+    return plain | {"n_train": len(client.train), "n_test": len(client.held_out)}
+
+
+def _save_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    part = path.with_name(path.name + ".part")
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), part)
+    part.replace(path)
+
+
+def _save_tensors(path: Path, state: State, memories: Mapping[int, Mapping[str, Tensor]]) -> None:
+    from safetensors.torch import save_file
+
+    named = {f"state/{name}": t for name, t in state.params.items()}
+    named |= {f"client/{i}/{name}": t for i, memory in memories.items() for name, t in memory.items()}
+    part = path.with_name(path.name + ".part")
+    save_file({name: t.contiguous().clone() for name, t in named.items()}, part)
+    part.replace(path)
+
+
+def _summary(
+    experiment: Experiment, method: str, federation: Federation, strategy: FederatedStrategy,
+    rounds: list[dict[str, Any]], rows: list[dict[str, Any]], memories: Mapping[int, Mapping[str, Tensor]], wall: float,
+) -> dict[str, Any]:
+    reference = federation.task.reference
+    layers = trace(reference, federation.task.input_shape, tokens=federation.task.tokens)
+    epochs, batch = int(strategy.client_config.get("epochs", 1)), int(strategy.client_config.get("batch_size", 32))
+    samples = sum(len(c.train) for c in federation.clients) / len(federation.clients) * epochs
+    dense = {name: torch.empty(t.shape) for name, t in (*reference.named_parameters(), *reference.named_buffers()) if t.is_floating_point()}
+    facts = Facts(
+        method=method, dataset=experiment.dataset, model=federation.model, engine=experiment.engine.kind, seed=experiment.seed,
+        split=experiment.evaluate.split, rounds=len(rounds), clients=len(federation.clients), wall=wall,
+        digest=digest(strategy.state, memories),
+        dense_bytes=Packet("train", dense).nbytes,
+        dense_flops=train_flops(layers, round(samples)),
+        dense_memory=memory_bytes(layers, batch).total,
+        notes=federation.notes,
+    )
+    return summarise(facts, rounds, rows)

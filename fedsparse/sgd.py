@@ -1,0 +1,122 @@
+"""The one local training loop: batches, clipping and SGD, as functions over named tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsparse.errors import UserError
+from fedsparse.task import Params, Split, Task
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What local training gave: the new parameters and buffers, steps, samples seen, mean loss over the steps."""
+
+    params: Params
+    steps: int
+    samples: int
+    loss: float
+
+
+def batches(n: int, batch_size: int, epochs: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Index tensors of shuffled batches, epoch after epoch; the last, smaller batch is kept.
+
+    A batch of a single example is left out (unless it is all there is): batch statistics need two.
+    """
+    for _ in range(epochs):
+        order = torch.randperm(n, generator=rng)  # (n,)
+        for chunk in order.split(batch_size):
+            if len(chunk) > 1 or n == 1 or batch_size == 1:
+                yield chunk
+
+
+def sgd(
+    task: Task,
+    params: Mapping[str, Tensor],
+    data: Split,
+    *,
+    lr: float,
+    epochs: int,
+    batch_size: int,
+    rng: torch.Generator,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+    clip: float = 0.0,
+    proximal: float = 0.0,
+) -> Fit:
+    """Train a copy of ``params`` (parameters and buffers) on ``data`` with SGD.
+
+    clip: largest global L2 norm of the gradient, 0 = none. proximal: FedProx's mu, which adds
+    mu * (theta - theta_received) to the gradient (Li et al. 2020, eq. 2).
+    The arithmetic is that of ``torch.optim.SGD``, bit for bit. Raises UserError when the loss is not finite.
+    """
+    own = {name: t.detach().clone() for name, t in params.items()}  # packets are shared: never train in them
+    leaves = [own[name].requires_grad_() for name in task.trainable]
+    anchor = [params[name] for name in task.trainable] if proximal else []
+    velocity: list[Tensor] = []
+    steps = samples = 0
+    total = 0.0
+    task.model.train(True)
+    with task.bound(own) as model:
+        for batch in batches(len(data), batch_size, epochs, rng):
+            loss = task.criterion(model(data.x[batch]), data.y[batch])
+            grads = torch.autograd.grad(loss, leaves)
+            with torch.no_grad():
+                clip_(grads, clip)
+                pull_(grads, leaves, anchor, proximal)
+                step_(leaves, grads, velocity, lr=lr, momentum=momentum, weight_decay=weight_decay)
+            total += finite(loss.item(), steps)
+            steps, samples = steps + 1, samples + len(batch)
+    return Fit({name: t.detach() for name, t in own.items()}, steps, samples, total / max(1, steps))
+
+
+def finite(loss: float, step: int) -> float:
+    """The loss, or a UserError that names the step when it is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise UserError(f"the training loss is {loss} at step {step + 1}; lower the learning rate or set clip")
+    return loss
+
+
+def clip_(grads: Sequence[Tensor], limit: float) -> None:
+    """Scale ``grads`` in place so that their joint L2 norm is at most ``limit`` (0 = leave them)."""
+    if limit:
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
+        scale = torch.clamp(limit / (norm + 1e-6), max=1.0)
+        for grad in grads:
+            grad.mul_(scale)
+
+
+def pull_(grads: Sequence[Tensor], leaves: Sequence[Tensor], anchor: Sequence[Tensor], mu: float) -> None:
+    """Add the proximal term's gradient ``mu * (leaf - anchor)`` in place; nothing when ``mu`` is 0."""
+    if mu:
+        for grad, leaf, start in zip(grads, leaves, anchor, strict=True):
+            grad.add_(leaf - start, alpha=mu)
+
+
+def step_(
+    leaves: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    velocity: list[Tensor],
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    weight_decay: float = 0.0,
+) -> None:
+    """One SGD step in place, the arithmetic of ``torch.optim.SGD``. ``velocity``: empty, or one buffer a leaf."""
+    if weight_decay:
+        for leaf, grad in zip(leaves, grads, strict=True):
+            grad.add_(leaf, alpha=weight_decay)
+    if momentum:
+        if velocity:
+            for buffer, grad in zip(velocity, grads, strict=True):
+                buffer.mul_(momentum).add_(grad)
+        else:
+            velocity.extend(g.clone() for g in grads)
+        grads = velocity
+    for leaf, grad in zip(leaves, grads, strict=True):
+        leaf.add_(grad, alpha=-lr)

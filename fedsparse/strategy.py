@@ -1,0 +1,485 @@
+"""FederatedStrategy: the base of every server half, and the one round loop of all engines (a Flower ``Strategy``)."""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedsparse.budget import check
+from fedsparse.client import RunWords
+from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops, trainable_count
+from fedsparse.errors import ClientError, UserError
+from fedsparse.lent import LentRecords
+from fedsparse.packet import Packet, decode, encode, wire_bytes
+from fedsparse.seeding import sample_cohort
+from fedsparse.sparse.mean import WeightedMean
+from fedsparse.task import Device, Score, Task
+
+Row = dict[str, Any]
+OnRound = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class State:
+    """What a strategy keeps from round to round. ``params``: parameters and buffers of the global model (may be empty)."""
+
+    params: Mapping[str, Tensor]
+    stage: str = "train"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A client's answer. Its tensors are valid until the next reply is asked for."""
+
+    device: Device
+    packet: Packet
+
+    @property
+    def weight(self) -> float:
+        """The client's share in averages."""
+        return float(self.packet.scalars["weight"])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run goes, whatever the method: seed, participation, evaluation (every so many rounds and after the last;
+    0 = never) and what happens on errors."""
+
+    seed: int = 0
+    fraction: float = 1.0
+    evaluate_every: int = 1
+    evaluate_fraction: float = 1.0
+    on_client_error: str = "stop"
+    min_replies: int = 1
+    on_over_budget: str = "stop"
+
+    def evaluates(self, server_round: int, rounds: int) -> bool:
+        return bool(self.evaluate_every) and (server_round % self.evaluate_every == 0 or server_round == rounds)
+
+
+@dataclass
+class _Session:
+    """The running state of one ``start``: kept by the base class alone."""
+
+    task: Task
+    plan: Plan
+    rounds: int
+    devices: dict[int, Device]
+    nodes: dict[int, int]  # device id -> Flower's node id
+    state: State
+    config: Mapping[str, Any]  # the client half's hyper-parameters
+    rows: dict[int, Row] = field(default_factory=dict)  # of this round, by device id
+    waited: float = 0.0  # seconds spent waiting for replies in this exchange
+    failures: int = 0
+    evaluation_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.ids = {node: device for device, node in self.nodes.items()}
+        task = self.task
+        self.layers = trace(task.model, task.input_shape, tokens=task.tokens)
+        reference = trace(task.reference, task.input_shape, tokens=task.tokens)
+        self.share = trainable_count(self.layers) / max(1, trainable_count(reference))  # of the dense model
+        copies = 1 if self.config.get("momentum") else 0
+        self.flops_per_sample = train_flops(self.layers, 1)
+        self.macs = forward_macs(self.layers)
+        self.dense_memory = memory_bytes(self.layers, int(self.config.get("batch_size", 32)), optimizer_copies=copies).total
+
+
+@dataclass
+class FederatedStrategy(Strategy):
+    """A server half: a dataclass of flat hyper-parameters. Subclasses are final and define init, broadcast, reduce.
+
+    client_spec: another client half than the method's own. client_config: the client half's hyper-parameters.
+    """
+
+    client: ClassVar[str]
+    client_spec: str = field(default="", kw_only=True)
+    client_config: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+
+    @abstractmethod
+    def init(self, task: Task, devices: Sequence[Device]) -> State:
+        """The state before round 1. Raises UserError for budgets that the method cannot meet."""
+
+    @abstractmethod
+    def broadcast(self, state: State, device: Device) -> Packet:
+        """What a device gets. Packets of the same tensors are encoded once."""
+
+    @abstractmethod
+    def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
+        """The next state, from replies in device order. Keeps no view of a reply's tensors."""
+
+    # --- the round loop ------------------------------------------------------------------------------------------
+
+    def start(  # type: ignore[override]
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord | None = None,
+        num_rounds: int = 3,
+        timeout: float = 3600,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+        *,
+        task: Task,
+        devices: Sequence[Device] = (),
+        plan: Plan | None = None,
+        on_round: OnRound | None = None,
+    ) -> Result:
+        """Run ``num_rounds`` rounds over ``grid``; the same arguments as Flower's, and what a simulation needs.
+
+        initial_arrays: replaces the initial global model (a record with one flat array). train_config and
+        evaluate_config are ignored: what clients need rides with each packet. devices: with their
+        budgets; those without one are unlimited. on_round: gets a report after each round, and the rows of the
+        clients under ``"rows"``. Raises UserError or ClientError when a client fails or exceeds its budget.
+        """
+        result = Result()
+        for report in self.rounds(grid, num_rounds, timeout, initial_arrays, task=task, devices=devices, plan=plan):
+            server_round = report["round"]
+            result.train_metrics_clientapp[server_round] = MetricRecord({"loss": report["loss"] or 0.0})
+            if report["accuracy"]:
+                known = {name: value for name, value in report["accuracy"].items() if value is not None}
+                result.evaluate_metrics_clientapp[server_round] = MetricRecord(known)
+            if evaluate_fn and (central := evaluate_fn(server_round, self._arrays())) is not None:
+                result.evaluate_metrics_serverapp[server_round] = central
+            if on_round:
+                on_round(report)
+        result.arrays = self._arrays()
+        return result
+
+    def rounds(
+        self,
+        grid: Grid,
+        num_rounds: int,
+        timeout: float = 3600,
+        initial_arrays: ArrayRecord | None = None,
+        *,
+        task: Task,
+        devices: Sequence[Device] = (),
+        plan: Plan | None = None,
+    ) -> Iterator[dict[str, Any]]:
+        """The loop of ``start`` as a generator: one report a round, so that the caller decides when to go on."""
+        self._session = self._open(grid, timeout, task, devices, plan or Plan(), num_rounds, initial_arrays)
+        for server_round in range(1, num_rounds + 1):
+            yield self._round(server_round, grid, timeout)
+
+    @property
+    def state(self) -> State:
+        """The state after the last round."""
+        return self._session.state
+
+    def summary(self) -> None:
+        """Flower's hook for logging hyper-parameters; the run directory has them all."""
+
+    def _open(
+        self, grid: Grid, timeout: float, task: Task, devices: Sequence[Device], plan: Plan, rounds: int, initial: ArrayRecord | None
+    ) -> _Session:
+        nodes = _who_is_there(grid, timeout)
+        given = {d.id: d for d in devices}
+        if missing := sorted(given.keys() - nodes.keys()):
+            raise UserError(f"devices {missing[:5]} have no client on this grid of {len(nodes)}")
+        known = {i: given.get(i, Device(i)) for i in sorted(nodes)}
+        state = self.init(task, list(known.values()))
+        if initial is not None and len(initial):
+            state = replace(state, params=_unflatten(initial, state.params))
+        return _Session(task, plan, rounds, known, nodes, state, self.client_config)
+
+    def _arrays(self) -> ArrayRecord:
+        arrays: ArrayRecord = encode(Packet("state", self.state.params)).array_records["arrays"]
+        return arrays
+
+    def _round(self, server_round: int, grid: Grid, timeout: float) -> dict[str, Any]:
+        session, start = self._session, time.perf_counter()
+        session.rows, session.failures, session.evaluation_bytes = {}, 0, 0
+        messages = list(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
+        sent = time.perf_counter()
+        self.aggregate_train(server_round, grid.send_and_receive(messages, timeout=timeout))
+        trained, waited, busy = time.perf_counter(), session.waited, getattr(grid, "busy_seconds", None)
+        trained_rows = list(session.rows.values())
+        if evaluating := list(self.configure_evaluate(server_round, ArrayRecord(), ConfigRecord(), grid)):
+            self.aggregate_evaluate(server_round, grid.send_and_receive(evaluating, timeout=timeout))
+        end = time.perf_counter()
+        in_training = sum(row["seconds"] for row in trained_rows)
+        local = sum(row["_local_seconds"] for row in trained_rows)
+        workers = getattr(grid, "workers", 1)
+        busy = in_training + local if busy is None else busy
+        seconds = {
+            "train": in_training,
+            "encode": sent - start + max(0.0, busy - in_training - local),
+            "reduce": trained - sent - waited,
+            "evaluate": end - trained + local,
+            "idle": max(0.0, workers * waited - busy),
+            "wall": end - start,
+        }
+        return _report(session, server_round, trained_rows, seconds)
+
+    # --- Flower's four steps -------------------------------------------------------------------------------------
+
+    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """One message for each client of the cohort; the packet comes from the state, not from ``arrays``."""
+        s = self._session
+        cohort = sample_cohort(list(s.devices), s.plan.fraction, s.plan.seed, server_round)
+        words = self._words(server_round, local=s.plan.evaluates(server_round, s.rounds))
+        packets = ((s.devices[i], self.broadcast(s.state, s.devices[i])) for i in cohort)
+        for device, records, size in _encoded(packets, words, grid):
+            s.rows[device.id] = _new_row(s, server_round, device, size)
+            yield _message(records, s.nodes[device.id], MessageType.TRAIN, server_round)
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check, account and reduce the replies; the new state is kept."""
+        s = self._session
+        stream = self._replies(server_round, replies)
+        s.state = self.reduce(s.task, s.state, stream)
+        for _ in stream:  # a method may stop reading early; the accounts may not
+            pass
+        answered = len(s.rows) - s.failures
+        if answered < max(1, s.plan.min_replies):
+            raise ClientError(f"round {server_round}: {answered} of {len(s.rows)} clients answered, at least {s.plan.min_replies} must")
+        return None, None
+
+    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+        """In evaluated rounds one message for each evaluated client, sampled or not in this round's training."""
+        s = self._session
+        if not s.plan.evaluates(server_round, s.rounds):
+            return
+        ids = sample_cohort(list(s.devices), s.plan.evaluate_fraction, s.plan.seed, -server_round)
+        packets = ((s.devices[i], replace(self.broadcast(s.state, s.devices[i]), kind="evaluate")) for i in ids)
+        for device, records, size in _encoded(packets, self._words(server_round), grid):
+            s.evaluation_bytes += size
+            yield _message(records, s.nodes[device.id], MessageType.EVALUATE, server_round)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Put each client's scores in its row; returns the mean personal accuracy."""
+        s = self._session
+        for device, message in _in_order(s, replies):
+            packet = self._packet(server_round, "evaluate", device, message)
+            if packet is None:
+                continue
+            s.evaluation_bytes += wire_bytes(message.content)
+            row = s.rows.setdefault(device.id, _new_row(s, server_round, device, None))
+            row |= {name: score for name, score in _scores(packet).items()}
+        accuracies = [_accuracy(row["personal"]) for row in s.rows.values() if row["personal"]]
+        return MetricRecord({"personal_accuracy": sum(accuracies) / len(accuracies)}) if accuracies else None
+
+    # --- replies -------------------------------------------------------------------------------------------------
+
+    def _words(self, server_round: int, *, local: bool = False) -> str:
+        spec = self.client_spec or self.client
+        return RunWords(spec, self.client_config, self._session.plan.seed, server_round, local).dump()
+
+    def _replies(self, server_round: int, messages: Iterable[Message]) -> Iterator[Reply]:
+        s = self._session
+        s.waited = 0.0
+        for device, message in _in_order(s, messages):
+            packet = self._packet(server_round, s.state.stage, device, message)
+            if packet is None:
+                continue
+            _fill_row(s, s.rows[device.id], packet, wire_bytes(message.content))
+            self._check_budget(server_round, device, s.rows[device.id])
+            yield Reply(device, packet)
+
+    def _packet(self, server_round: int, stage: str, device: Device, message: Message) -> Packet | None:
+        """The decoded reply; None if it failed and failures are skipped."""
+        where = f"client {device.id}, round {server_round}, stage {stage}"
+        try:
+            if message.has_error():
+                raise ClientError(f"{where}: {message.error.reason}")
+            packet = decode(message.content)
+            if packet.kind == "error":
+                raise ClientError(f"{where}: {packet.scalars['message']}", str(packet.scalars["trace"]))
+            if bad := _not_finite(packet):
+                raise ClientError(f"{where}: {bad} is not finite (NaN or infinite)")
+            if stage != "evaluate" and not _is_weight(packet.scalars.get("weight")):
+                raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {packet.scalars.get('weight')!r}")
+        except ClientError:
+            if self._session.plan.on_client_error == "stop":
+                raise
+            self._session.failures += 1
+            self._session.rows.get(device.id, {})["failed"] = True
+            return None
+        return packet
+
+    def _check_budget(self, server_round: int, device: Device, row: Row) -> None:
+        violations = check(
+            device.budget, density_true=row["density_true"], bytes_up=row["bytes_up"], bytes_down=row["bytes_down"]
+        )
+        row["over_budget"] = len(violations)
+        if violations and self._session.plan.on_over_budget == "stop":
+            v = violations[0]
+            raise UserError(
+                f"client {device.id}, round {server_round}: {v.what} {v.value:g} exceeds its budget {v.limit:g}"
+                " (budget.on_over_budget = \"record\" counts it instead)"
+            )
+
+
+@dataclass
+class AveragingStrategy(FederatedStrategy):
+    """Abstract: a server half that sends the whole model and averages what comes back (McMahan et al. 2017).
+
+    Weights are the numbers of training examples of those who took part. Batch norm's running statistics are part
+    of the model and are averaged with it. A method adds its name and its client half.
+    """
+
+    def init(self, task: Task, devices: Sequence[Device]) -> State:
+        return State(task.init_params())
+
+    def broadcast(self, state: State, device: Device) -> Packet:
+        return Packet("train", state.params)
+
+    def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
+        mean = WeightedMean()
+        for reply in replies:
+            mean.add(reply.packet.tensors, reply.weight)
+        return replace(state, params=mean.result(state.params))
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _who_is_there(grid: Grid, timeout: float) -> dict[int, int]:
+    """Device id (partition number) -> node id. Our engines know; others are asked with a query message each."""
+    known: dict[int, int] | None = getattr(grid, "partitions", None)
+    if known is not None:
+        return dict(known)
+    asked = [_message(encode(Packet("query")), node, MessageType.QUERY, 0) for node in sorted(grid.get_node_ids())]
+    nodes: dict[int, int] = {}
+    for reply in grid.send_and_receive(asked, timeout=timeout):
+        if reply.has_error():
+            raise ClientError(f"node {reply.metadata.src_node_id} did not answer the query: {reply.error.reason}")
+        nodes[int(decode(reply.content).scalars["id"])] = reply.metadata.src_node_id
+    return nodes
+
+
+def _message(records: RecordDict, node: int, kind: str, server_round: int) -> Message:
+    return Message(records, node, kind, group_id=str(server_round))
+
+
+def _encoded(packets: Iterable[tuple[Device, Packet]], words: str, grid: Grid) -> Iterator[tuple[Device, RecordDict, int]]:
+    """Each device's packet as records, with their bytes; encoded once per distinct packet."""
+    seen: dict[Any, tuple[RecordDict, int, Packet]] = {}  # the packet stays alive, so that ids stay unique
+    for device, packet in packets:
+        key = (packet.kind, tuple((n, id(t)) for n, t in packet.tensors.items()), tuple(packet.scalars.items()))
+        if key not in seen:
+            records = LentRecords(packet, words) if getattr(grid, "lends", False) else encode(packet, run=words)
+            seen[key] = records, wire_bytes(records), packet
+        yield device, seen[key][0], seen[key][1]
+
+
+def _in_order(session: _Session, messages: Iterable[Message]) -> Iterator[tuple[Device, Message]]:
+    """Replies in device order; timed. Our engines already send them so, as a stream."""
+    pairs = ((session.ids[m.metadata.src_node_id], m) for m in _timed(session, messages))
+    last = -1
+    for i, message in pairs if getattr(messages, "ordered", False) else sorted(pairs, key=lambda pair: pair[0]):
+        if i <= last:
+            raise ClientError(f"client {i} answered twice or out of order")
+        last = i
+        yield session.devices[i], message
+
+
+def _timed(session: _Session, messages: Iterable[Message]) -> Iterator[Message]:
+    start = time.perf_counter()
+    for message in messages:
+        session.waited += time.perf_counter() - start
+        yield message
+        start = time.perf_counter()
+    session.waited += time.perf_counter() - start
+
+
+def _not_finite(packet: Packet) -> str:
+    """The name of the first tensor or number that is NaN or infinite, or ""."""
+    floats = {name: t for name, t in packet.tensors.items() if t.is_floating_point()}
+    # one number is not finite if any element is not; finite tensors whose norm overflows are looked at closely
+    if floats and not math.isfinite(sum(torch._foreach_norm(list(floats.values()), 1))):  # type: ignore[attr-defined]
+        for name, tensor in floats.items():
+            if not bool(torch.isfinite(tensor).all()):
+                return f"tensor {name!r}"
+    return next((f"scalar {n!r}" for n, v in packet.scalars.items() if isinstance(v, float) and not math.isfinite(v)), "")
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _unflatten(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    flat = torch.from_numpy(next(iter(arrays.values())).numpy().copy())
+    sizes = [t.numel() for t in like.values()]
+    if len(flat) != sum(sizes):
+        raise UserError(f"initial_arrays has {len(flat)} values, the model has {sum(sizes)}")
+    return {name: part.view(t.shape) for (name, t), part in zip(like.items(), flat.split(sizes), strict=True)}
+
+
+def _new_row(session: _Session, server_round: int, device: Device, bytes_down: int | None) -> Row:
+    row: Row = dict.fromkeys(
+        ("n_train", "local", "personal", "global", "density_true", "density_nominal", "bytes_up", "flops", "forward_macs", "memory", "seconds", "loss")
+    )
+    return {"round": server_round, "client": device.id, "tier": device.budget.density, "bytes_down": bytes_down, "over_budget": 0, "failed": False} | row | {"seconds": 0.0, "_local_seconds": 0.0}
+
+
+def _fill_row(session: _Session, row: Row, packet: Packet, size: int) -> None:
+    """The costs of a client's round: what the client says, and the dense model's where it says nothing."""
+    said = packet.scalars
+    samples = float(said.get("samples", 0))
+    row |= {
+        "n_train": said["weight"],
+        "bytes_up": size,
+        "loss": said.get("loss"),
+        "seconds": said.get("train_seconds", 0.0),
+        "_local_seconds": said.get("local_seconds", 0.0),
+        "density_true": said.get("density_true", session.share),
+        "density_nominal": said.get("density_nominal", 1.0 if session.share == 1 else None),
+        "flops": said.get("flops", session.flops_per_sample * samples),
+        "forward_macs": said.get("forward_macs", session.macs),
+        "memory": said.get("memory", session.dense_memory),
+    }
+    row |= _scores(packet)
+
+
+def _scores(packet: Packet) -> dict[str, Score]:
+    said = packet.scalars
+    names = [name[:-2] for name in said if name.endswith(".n")]
+    return {n: Score(int(said[f"{n}.n"]), int(said[f"{n}.correct"]), float(said[f"{n}.loss"])) for n in names}
+
+
+def _accuracy(score: Score) -> float:
+    return score.correct / max(1, score.n)
+
+
+def _report(session: _Session, server_round: int, trained: list[Row], seconds: dict[str, float]) -> dict[str, Any]:
+    """One line of ``rounds.jsonl``, and the clients' rows under ``rows``."""
+    ok = [row for row in trained if not row["failed"]]
+    losses = [row["loss"] for row in ok if row["loss"] is not None]
+    evaluated = session.plan.evaluates(server_round, session.rounds)
+    return {
+        "round": server_round,
+        "rounds": session.rounds,
+        "seconds": seconds,
+        "bytes": {
+            "up": sum(row["bytes_up"] for row in ok),
+            "down": sum(row["bytes_down"] for row in trained),
+            "evaluation": session.evaluation_bytes,
+        },
+        "flops": sum(row["flops"] for row in ok),
+        "loss": sum(losses) / len(losses) if losses else None,
+        "accuracy": {name: _mean_accuracy(session, name) for name in ("local", "personal", "global")} if evaluated else None,
+        "clients": len(ok),
+        "failures": session.failures,
+        "rows": list(session.rows.values()),
+    }
+
+
+def _mean_accuracy(session: _Session, name: str) -> float | None:
+    scores = [row[name] for row in session.rows.values() if row[name] is not None]
+    if not scores:
+        return None
+    if name == "global":  # one model on the pooled test data
+        return sum(s.correct for s in scores) / max(1, sum(s.n for s in scores))
+    return sum(_accuracy(s) for s in scores) / len(scores)

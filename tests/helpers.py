@@ -1,0 +1,60 @@
+"""Small federations for the tests."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fedsparse.models import build_model
+from fedsparse.seeding import torch_rng
+from fedsparse.task import Budget, Client, Device, Split, Task
+
+SHAPE, CLASSES = (1, 8, 8), 4
+
+
+def small_task(model: str = "mlp", seed: int = 0, shape: tuple[int, ...] = SHAPE) -> Task:
+    """A seeded model for images of ``shape`` with four classes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Task(build_model(model, shape, CLASSES, width=4), shape, CLASSES, seed)
+
+
+def norm_task() -> Task:
+    """A chain with batch norm, small enough for every test."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = {
+            "conv1": nn.Conv2d(1, 16, 3, padding=1),
+            "bn1": nn.BatchNorm2d(16),
+            "relu1": nn.ReLU(),
+            "pool1": nn.MaxPool2d(2),
+            "flatten": nn.Flatten(),
+            "fc1": nn.Linear(256, 128),
+            "relu2": nn.ReLU(),
+            "output": nn.Linear(128, CLASSES),
+        }
+        model = nn.Sequential()
+        for name, layer in layers.items():
+            model.add_module(name, layer)
+        return Task(model, SHAPE, CLASSES, 0)
+
+
+def small_split(n: int, *path: int | str, shape: tuple[int, ...] = SHAPE) -> Split:
+    """Noise with a weak signal, so that training changes something."""
+    rng = torch_rng(*path)
+    y = torch.randint(0, CLASSES, (n,), generator=rng)
+    x = torch.randn(n, *shape, generator=rng) + y.view(-1, *([1] * len(shape))) * 0.3
+    return Split(x, y)
+
+
+def small_clients(count: int, density: float | None = None, shape: tuple[int, ...] = SHAPE) -> tuple[Client, ...]:
+    """Clients of unequal size."""
+    return tuple(
+        Client(
+            Device(i, Budget(density=density)),
+            small_split(11 + 5 * i, "train", i, shape=shape),
+            small_split(6, "validation", i, shape=shape),
+            small_split(8, "test", i, shape=shape),
+        )
+        for i in range(count)
+    )

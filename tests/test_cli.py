@@ -1,0 +1,306 @@
+"""The command line: what it prints, how fast it starts, and one line and an exit code for every error of a user."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsparse.cli import main
+from fedsparse.report import tables, units
+from fedsparse.report.progress import LiveProgress
+
+START = [sys.executable, "-c", "from fedsparse.cli import main; main()"]
+QUICK = ["--method", "fedavg", "--rounds", "2", "--set", "partition.clients=4"]
+Cli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """Calls the command line in an empty folder; gives exit code, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedsparse", *map(str, args)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        return (caught.value.code, *capsys.readouterr())  # type: ignore[return-value]
+
+    return call
+
+
+def _assert_one_line(result: tuple[int, str, str], *words: str) -> None:
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+
+
+# --- what it does ------------------------------------------------------------------------------------------------
+
+
+def test_help_imports_neither_torch_nor_flower_and_is_quick() -> None:
+    code = (
+        "import sys, fedsparse.cli; print(*[m for m in ('torch', 'flwr', 'numpy', 'rich.console') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([*START, "--help"], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+    assert "compare" in done.stdout
+    assert min(seconds) < 0.6, "0.3 s is the aim on a quiet machine"
+
+
+def test_run_prints_the_tiers_and_compare_puts_runs_side_by_side(cli: Cli) -> None:
+    code, out, err = cli("run", *QUICK, "--out", "a")
+    assert (code, "round 2/2" in err, "run folder: a" in out) == (0, True, True)
+    assert cli("run", *QUICK, "--out", "b", "--quiet", "--seed", "1") == (0, "", "")
+    code, out, err = cli("compare", "a", "b")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()[3:6] if line] == ["a", "b"]
+    assert max(map(len, out.splitlines())) <= 100
+    assert err == "warning: the runs differ in seed (0, 1): their figures do not compare\n"
+    assert cli("compare", "a", "--csv", "table.csv") == (0, "", "")
+    row = next(csv.DictReader(io.StringIO(Path("table.csv").read_text())))
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert float(row["personal"]) == summary["accuracy"]["personal"]["mean"]
+    assert (row["method"], row["clients"], row["budget_density"]) == ("fedavg", "4", "none")
+
+
+def test_json_prints_the_summary_alone_and_config_toml_repeats_the_run(cli: Cli) -> None:
+    code, out, err = cli("run", *QUICK, "--out", "a", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads(Path("a/summary.json").read_text())
+    _, again, _ = cli("run", "a/config.toml", "--out", "b", "--json", "--quiet")
+    assert json.loads(again)["digest"] == json.loads(out)["digest"]
+
+
+def test_run_folders_do_not_collide_without_out(cli: Cli) -> None:
+    for _ in range(2):
+        assert cli("run", *QUICK, "--quiet")[0] == 0
+    assert len(list(Path("runs").iterdir())) == 2
+
+
+def test_a_note_says_which_hyper_parameters_were_left_out(cli: Cli) -> None:
+    Path("x.toml").write_text('rounds = 1\n[partition]\nclients = 3\n[method]\nname = "fedprox"\nmu = 0.1\n')
+    _, _, err = cli("run", "x.toml", "--method", "fedavg")
+    assert "note: fedavg has no mu: left out of what was set for fedprox" in err
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("methods", "fedavg"), ("models", "mlp"), ("datasets", "digits"), ("experiments", "digits_pfedgate")],
+)
+def test_list_names_what_is_there(kind: str, name: str, cli: Cli) -> None:
+    code, out, _ = cli("list", kind)
+    assert code == 0
+    assert name in out.splitlines()
+
+
+def test_help_and_version(cli: Cli) -> None:
+    assert cli("--version") == (0, "fedsparse 0.1.0\n", "")
+    code, out, _ = cli()
+    assert (code, "Usage: fedsparse" in out) == (0, True)
+
+
+# --- bad input ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--set", "rouns=3"], ["'rouns'", "did you mean 'rounds'"]),
+        (["--set", "method.lrr=3"], ["'lrr'", "did you mean 'lr'"]),
+        (["--method", "fedvag"], ["method 'fedvag'", "did you mean 'fedavg'"]),
+        (["--method", "nowhere/mine.py"], ["'nowhere/mine.py'", "does not exist"]),
+        (["--method", "no_such_module:Mine"], ["'no_such_module'"]),
+        (["--model", "resnet"], ["model 'resnet'", "did you mean 'resnet18'"]),
+        (["--dataset", "digit"], ["'digit'", "did you mean 'digits'"]),
+        (["--dataset", "nowhere.npz"], ["nowhere.npz"]),
+        (["nowhere.toml"], ["experiment file 'nowhere.toml'"]),
+        (["--set", "budget.tiers=[0]"], ["budget.tiers", "(0, 1]", "got 0"]),
+        (["--set", "budget.tiers=[1.5]"], ["budget.tiers", "(0, 1]", "got 1.5"]),
+        (["--set", "partition.clients=5000"], ["5000", "1797"]),
+        (["--rounds", "0"], ["rounds", "got 0"]),
+        (["--rounds", "many"], ["--rounds", "'many'"]),
+        (["--colour"], ["--colour"]),
+        (["--method", "pfedgate", "--set", "budget.tiers=[0.0001]"], ["budget", "0.0001"]),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(args: list[str], words: list[str], cli: Cli) -> None:
+    method = [] if "--method" in args else ["--method", "fedavg"]
+    _assert_one_line(cli("run", *args, *method, "--out", "out"), *words)
+    assert not Path("out").exists()
+
+
+def test_a_dense_method_over_its_budget_is_stopped(cli: Cli) -> None:
+    _, out, err = cli("run", *QUICK, "--set", "budget.tiers=[0.5]", "--out", "a", "--quiet")
+    _assert_one_line((2, out, err), "budget 0.5")
+    _assert_one_line(cli("compare", "a"), "'a'", "unfinished")
+
+
+def test_an_output_folder_that_exists_is_left_alone(cli: Cli) -> None:
+    Path("a").mkdir()
+    _assert_one_line(cli("run", *QUICK, "--out", "a"), "'a'", "exists")
+    assert not list(Path("a").iterdir())
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_named(place: str, cli: Cli) -> None:
+    Path("file").touch()
+    _assert_one_line(cli("run", *QUICK, "--out", place), f"'{place}'")
+
+
+def test_debug_adds_the_traceback(cli: Cli) -> None:
+    code, _, err = cli("run", "--set", "rounds=0", "--debug")
+    assert code == 2
+    assert "Traceback" in err
+    assert err.endswith("error: rounds must be at least 1, got 0\n")
+
+
+@pytest.mark.parametrize("kind", ["absent", "empty", "unfinished", "broken"])
+def test_compare_refuses_what_is_no_finished_run(kind: str, cli: Cli) -> None:
+    folder = Path("a")
+    if kind != "absent":
+        folder.mkdir()
+    if kind in ("unfinished", "broken"):
+        (folder / "config.toml").touch()
+    if kind == "broken":
+        (folder / "summary.json").write_text("{")
+    message = {"absent": "no run folder", "empty": "is no run folder", "broken": "cannot be read"}
+    _assert_one_line(cli("compare", "a"), "'a'", message.get(kind, "unfinished"))
+
+
+def test_compare_names_a_file_that_it_cannot_write_and_list_a_kind_that_it_has_not(cli: Cli) -> None:
+    cli("run", *QUICK, "--out", "a", "--quiet")
+    _assert_one_line(cli("compare", "a", "--csv", "no/where.csv"), "'no/where.csv'")
+    _assert_one_line(cli("list", "method"), "did you mean 'methods'")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_ends_with_one_line_and_no_result(workers: int, tmp_path: Path) -> None:
+    args = ["run", *QUICK, "--rounds", "100000", "--workers", str(workers), "--quiet", "--out", "a"]
+    running = subprocess.Popen([*START, *args], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "a" / "rounds.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+        _, err = running.communicate(timeout=20)
+    finally:
+        running.kill()
+    assert (running.returncode, err) == (130, "error: interrupted\n")
+    assert not (tmp_path / "a" / "summary.json").exists()
+
+
+# --- tables ------------------------------------------------------------------------------------------------------
+
+
+def _summary(**changes: Any) -> dict[str, Any]:
+    tier = {
+        "density_budget": 0.5,
+        "clients": 1,
+        "accuracy": {"personal": {"mean": 0.5, "bottom_decile": 0.25}, "global": None},
+    }
+    return {"method": "m", "tiers": [tier, {**tier, "density_budget": None, "clients": 3}], "clients": 4, **changes}
+
+
+def test_what_a_run_does_not_know_is_a_dash_in_text_and_empty_in_csv() -> None:
+    rows = tables.tier_rows(_summary())
+    lines = tables.text_table(rows).splitlines()
+    assert lines[3].split() == ["m", "0.5", "1", "0.500", "0.250", "-", "-", "-", "-", "-", "-"]
+    assert [line.split()[1] for line in lines[3:6]] == ["0.5", "none", "all"]
+    read = list(csv.DictReader(io.StringIO(tables.csv_table(rows))))
+    assert (read[0]["personal"], read[0]["global"], read[1]["budget_density"]) == ("0.5", "", "none")
+
+
+def test_the_row_of_all_clients_weighs_the_tiers_time_by_clients() -> None:
+    tiers = [
+        {**t, "seconds": {"train_per_client_round": s}} for t, s in zip(_summary()["tiers"], (1.0, 5.0), strict=True)
+    ]
+    assert tables.tier_rows(_summary(tiers=tiers))[-1]["seconds_train_per_client_round"] == (1 * 1.0 + 3 * 5.0) / 4
+
+
+def test_multiply_adds_are_half_the_flops() -> None:
+    tier = {**_summary()["tiers"][0], "flops": {"train_per_client_round": 10.0, "inference_per_sample": 4.0}}
+    (row,) = tables.tier_rows(_summary(tiers=[tier]))
+    assert row["multiply_adds_train_per_client_round"] == 5.0
+    assert row["multiply_adds_inference_per_sample"] == 2.0
+
+
+def test_a_long_label_keeps_the_table_within_its_width() -> None:
+    text = tables.text_table(tables.tier_rows(_summary(method="mylab/" + "x" * 200 + "/mine.py")))
+    assert max(map(len, text.splitlines())) <= tables.WIDTH
+    assert "/mine.py" in text
+
+
+def test_no_rows_are_a_header() -> None:
+    assert "budget" in tables.text_table([])
+    assert tables.csv_table([]) == "\n"
+
+
+@pytest.mark.parametrize(
+    ("config", "warning"),
+    [
+        ({"dataset": "mnist"}, "dataset (digits, mnist)"),
+        ({"rounds": 3}, "rounds (2, 3)"),
+        ({"partition": {"alpha": 1.0}}, "partition"),
+        ({"name": "other"}, ""),
+    ],
+)
+def test_runs_that_do_not_compare_are_pointed_out(config: dict[str, Any], warning: str) -> None:
+    base = {"dataset": "digits", "rounds": 2, "seed": 0, "partition": {"alpha": 0.5}}
+    runs = [tables.RunRecord(Path(), _summary(), base), tables.RunRecord(Path(), _summary(), {**base, **config})]
+    assert warning in tables.differences(runs)
+    assert bool(warning) == bool(tables.differences(runs))
+
+
+@pytest.mark.parametrize(
+    ("show", "value", "text"),
+    [
+        (units.share, None, "-"),
+        (units.share, 0.12345, "0.123"),
+        (units.count, 0, "0"),
+        (units.count, 999, "999"),
+        (units.count, 999.6, "1.00k"),
+        (units.count, 12345, "12.3k"),
+        (units.count, 3e20, "300000P"),
+        (units.size, 950, "950 B"),
+        (units.size, 1_234_567, "1.23 MB"),
+        (units.size, 99_960, "100 kB"),
+        (units.seconds, 0, "0 s"),
+        (units.seconds, 0.0123, "12.3 ms"),
+        (units.seconds, 1.25, "1.25 s"),
+        (units.seconds, 185, "3:05"),
+        (units.seconds, 3725, "1:02:05"),
+        (units.seconds, None, "-"),
+    ],
+)
+def test_numbers_are_shown_with_units(show: Callable[[float | None], str], value: float | None, text: str) -> None:
+    assert show(value) == text
+
+
+def test_progress_writes_few_lines_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = LiveProgress()
+    for done in range(1, 101):
+        accuracy = {"personal": done / 100} if done % 50 == 0 else None
+        progress({"round": done, "rounds": 100, "bytes": {"up": 1000, "down": 500}, "accuracy": accuracy})
+    progress.close()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("round 10/100  accuracy -  sent 15.0 kB")
+    assert lines[-1].startswith("round 100/100  accuracy 1.000  sent 150 kB")

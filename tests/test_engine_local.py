@@ -1,0 +1,280 @@
+"""The local engine: stock Flower apps, one digest for any number of workers, errors, and no leftovers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp.strategy import FedAvg
+from torch import nn
+from torch.nn import functional
+
+from fedsparse.client import FederatedClient, Memory, Metrics, client_app
+from fedsparse.engine.local import LocalGrid
+from fedsparse.engine.shared import Arena, lay, pick
+from fedsparse.errors import ClientError, UserError
+from fedsparse.method import build, load_method
+from fedsparse.packet import Packet, encode
+from fedsparse.run import digest
+from fedsparse.strategy import Plan
+from fedsparse.task import Client, Split, Task
+from tests.helpers import small_clients, small_task
+
+# --- a stock Flower app, as in Flower's quick start ------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(64, 16)
+        self.fc2 = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(functional.relu(self.fc1(x.flatten(1))))
+
+
+stock_app = ClientApp()
+
+
+@stock_app.train()
+def train(msg: Message, context: Context) -> Message:
+    model = Net()
+    model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
+    data = small_clients(4)[context.node_config["partition-id"]].train
+    optimizer = torch.optim.SGD(model.parameters(), lr=msg.content["config"]["lr"])
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(data.x), data.y)
+        loss.backward()
+        optimizer.step()
+    calls = context.state["calls"]["n"] if "calls" in context.state else 0
+    context.state["calls"] = ConfigRecord({"n": calls + 1})
+    metrics = MetricRecord({"train_loss": loss.item(), "calls": calls + 1, "num-examples": len(data)})
+    return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=msg)
+
+
+@stock_app.evaluate()
+def evaluate(msg: Message, context: Context) -> Message:
+    model = Net()
+    model.load_state_dict(msg.content["arrays"].to_torch_state_dict())
+    data = small_clients(4)[context.node_config["partition-id"]].test
+    with torch.no_grad():
+        loss = functional.cross_entropy(model(data.x), data.y).item()
+    return Message(RecordDict({"metrics": MetricRecord({"eval_loss": loss, "num-examples": len(data)})}), reply_to=msg)
+
+
+def run_stock_app(workers: int) -> tuple[dict[str, torch.Tensor], list[float], float]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        initial = Net().state_dict()
+    with LocalGrid(stock_app, 4, workers=workers) as grid:
+        result = FedAvg(min_available_nodes=4).start(
+            grid, ArrayRecord(initial), num_rounds=3, train_config=ConfigRecord({"lr": 0.1})
+        )
+    losses = [result.evaluate_metrics_clientapp[r]["eval_loss"] for r in (1, 2, 3)]
+    return result.arrays.to_torch_state_dict(), losses, result.train_metrics_clientapp[3]["calls"]
+
+
+def by_hand() -> dict[str, torch.Tensor]:
+    """The same three rounds in a plain loop."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = Net().state_dict()
+    for _ in range(3):
+        models, sizes = [], []
+        for client in small_clients(4):
+            model = Net()
+            model.load_state_dict(weights)
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(2):
+                optimizer.zero_grad()
+                functional.cross_entropy(model(client.train.x), client.train.y).backward()
+                optimizer.step()
+            models.append(model.state_dict())
+            sizes.append(len(client.train))
+        weights = {
+            k: torch.stack([m[k] * n for m, n in zip(models, sizes, strict=True)]).sum(0) / sum(sizes) for k in weights
+        }
+    return weights
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_stock_flower_app_runs_unchanged(workers: int) -> None:
+    weights, losses, calls = run_stock_app(workers)
+    assert calls == 3  # Flower's context.state lives from round to round
+    assert losses[2] < losses[0]
+    for name, expected in by_hand().items():
+        torch.testing.assert_close(weights[name], expected)
+
+
+def test_push_and_pull_give_the_same_replies() -> None:
+    with LocalGrid(stock_app, 3) as grid:
+        records = RecordDict({"arrays": ArrayRecord(Net().state_dict())})
+        ids = list(grid.push_messages(Message(records, n, "evaluate") for n in grid.get_node_ids()))
+        replies = list(grid.pull_messages(ids))
+    assert [r.metadata.src_node_id for r in replies] == [1, 2, 3]
+    assert all(r.has_content() for r in replies)
+
+
+# --- our methods on it ----------------------------------------------------------------------------------------------
+
+
+def final_digest(method: str, workers: int, fraction: float = 0.6) -> str:
+    clients, task = small_clients(7), small_task()
+    strategy = build(load_method(method), {"batch_size": 8})
+    app = client_app(task, clients.__getitem__)
+    with LocalGrid(app, len(clients), workers=workers, own_replies=False) as grid:
+        plan = Plan(seed=3, fraction=fraction)
+        strategy.start(grid, num_rounds=3, task=task, devices=[c.device for c in clients], plan=plan)
+        from fedsparse.packet import decode
+
+        memories = {i: dict(decode(s).tensors) for i, s in grid.states().items() if len(s)}
+    return digest(strategy.state, memories)
+
+
+def test_our_replies_may_also_be_owned() -> None:
+    clients, task = small_clients(3), small_task()
+    digests = set()
+    for own in (True, False):
+        strategy = build(load_method("fedavg"), {})
+        with LocalGrid(client_app(task, clients.__getitem__), 3, workers=2, own_replies=own) as grid:
+            strategy.start(grid, num_rounds=2, task=task)
+        digests.add(digest(strategy.state, {}))
+    assert len(digests) == 1
+
+
+def test_partial_participation_is_the_same_for_any_number_of_workers() -> None:
+    assert final_digest("fedavg", 1) == final_digest("fedavg", 2) == final_digest("fedavg", 5)
+
+
+class Failing(FederatedClient):
+    """Raises, or answers NaN, for client 2 in round 2."""
+
+    how: str = "raise"
+
+    def train(
+        self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
+    ) -> tuple[Packet, Memory]:
+        turn = int(memory["turn"]) + 1 if memory else 1
+        tensors = dict(packet.tensors)
+        if client.id == 2 and turn == 2:
+            if HOW == "raise":
+                raise RuntimeError("out of luck")
+            if HOW == "die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if HOW == "weight":
+                return Packet("update", tensors, {"weight": 0}), memory
+            tensors = {k: v * float("nan") for k, v in tensors.items()}
+        return Packet("update", tensors, {"weight": 1}), {"turn": torch.tensor(turn)}
+
+    def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
+        return {"personal": task.score(packet.tensors, client.held_out)}
+
+
+HOW = "raise"
+
+
+def run_failing(how: str, workers: int, **plan: object) -> list[dict[str, object]]:
+    global HOW
+    HOW = how
+    clients, task = small_clients(4), small_task()
+    strategy = build(load_method("fedavg", f"{__name__}:Failing"), {})
+    with LocalGrid(client_app(task, clients.__getitem__), 4, workers=workers, own_replies=False) as grid:
+        return list(strategy.rounds(grid, 3, task=task, plan=Plan(**plan)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("how", "what"), [("raise", "RuntimeError: out of luck"), ("nan", "is not finite"), ("weight", "'weight'")]
+)
+def test_a_failing_client_stops_the_run_and_is_named(how: str, what: str, workers: int) -> None:
+    with pytest.raises(ClientError, match=rf"client 2, round 2, stage train: .*{what}") as caught:
+        run_failing(how, workers)
+    if how == "raise":
+        assert "out of luck" in caught.value.trace
+        assert "Traceback" in caught.value.trace
+
+
+@pytest.mark.parametrize("how", ["raise", "nan"])
+def test_a_failing_client_may_be_skipped_and_is_counted(how: str) -> None:
+    reports = run_failing(how, 2, on_client_error="skip")
+    assert [r["failures"] for r in reports] == [0, 1, 1 if how == "raise" else 0]
+    assert [r["clients"] for r in reports] == [4, 3, 3 if how == "raise" else 4]
+
+
+def test_too_few_answers_stop_the_run() -> None:
+    with pytest.raises(ClientError, match="round 2: 3 of 4 clients answered, at least 4 must"):
+        run_failing("raise", 1, on_client_error="skip", min_replies=4)
+
+
+def test_a_dead_worker_stops_the_run() -> None:
+    with pytest.raises(ClientError, match="worker process .* died"):
+        run_failing("die", 2)
+
+
+def test_workers_end_with_the_grid() -> None:
+    clients, task = small_clients(4), small_task()
+    grid = LocalGrid(client_app(task, clients.__getitem__), 4, workers=3)
+    assert grid._pool is not None
+    pids = [p.pid for p in grid._pool._processes]
+    grid.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_workers_end_when_the_driver_is_killed(tmp_path: Path) -> None:
+    marker = tmp_path / "pids"
+    child = os.fork()
+    if child == 0:  # the driver
+        clients, task = small_clients(4), small_task()
+        grid = LocalGrid(client_app(task, clients.__getitem__), 4, workers=3)
+        assert grid._pool is not None
+        marker.write_text(" ".join(str(p.pid) for p in grid._pool._processes))
+        time.sleep(60)
+        os._exit(0)
+    while not (marker.exists() and marker.read_text()):
+        time.sleep(0.02)
+    pids = marker.read_text().split()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    deadline = time.monotonic() + 10
+    while any(alive(int(pid)) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(int(pid)) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that ended but has not been waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_grid_needs_clients_and_workers() -> None:
+    with pytest.raises(UserError, match="0 and 1"):
+        LocalGrid(stock_app, 0)
+    with LocalGrid(stock_app, 2) as grid, pytest.raises(UserError, match="no client 8"):
+        list(grid.send_and_receive([Message(RecordDict(), 9, "train")]))
+
+
+def test_records_survive_shared_memory() -> None:
+    arena = Arena()
+    packet = Packet("update", {"a": torch.randn(5, 3), "i": torch.arange(4)}, {"weight": 2, "s": "x"})
+    for records in (encode(packet, run="r"), RecordDict({"m": ArrayRecord([np.arange(9.0)]), "c": ConfigRecord({"k": 1})})):
+        for copy in (True, False):
+            assert pick(lay(records, arena), arena, copy=copy) == records
+    big = torch.randn(400_000)  # makes the arena grow while views of it live
+    first = pick(lay(encode(packet), arena), arena, copy=False)
+    pick(lay(encode(Packet("x", {"a": big})), arena), arena, copy=False)
+    assert first == encode(packet)
+
+
+def test_splits_have_a_length() -> None:
+    assert len(Split(torch.zeros(3, 2), torch.zeros(3))) == 3
