@@ -1,6 +1,6 @@
-"""FedProx's client half (Li et al. 2020, arXiv 1812.06127, eq. 2): the loss plus (mu / 2) * ||theta - theta_received||^2.
+"""FedProx's client half (Li et al. 2020, arXiv 1812.06127, eq. 2).
 
-With mu = 0 it is FedAvg's, bit for bit.
+It minimises the loss plus (mu / 2) * ||theta - theta_received||^2. With mu = 0 it is FedAvg's, bit for bit.
 """
 
 from __future__ import annotations

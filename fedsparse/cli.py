@@ -15,7 +15,7 @@ from fedsparse.errors import ClientError, UserError, unknown
 
 if TYPE_CHECKING:
     from fedsparse.experiment import Experiment
-    from fedsparse.run import Run
+    from fedsparse.runner import Run
 
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
 
@@ -164,7 +164,7 @@ def _experiment(source: str, overrides: list[str]) -> Experiment:
 
 def _run(experiment: Experiment, out: Path | None, quiet: bool) -> Run:
     from fedsparse.report.progress import LiveProgress
-    from fedsparse.run import run
+    from fedsparse.runner import run
 
     if quiet:
         return run(experiment, out=out)

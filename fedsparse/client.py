@@ -160,7 +160,9 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
             client = clients(int(context.node_config["partition-id"]))
             reply = work(task, client, message.content, context)
         except Exception as error:  # any engine then tells the server who failed, and how
-            reply = Packet("error", scalars={"message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()})
+            reply = Packet(
+                "error", scalars={"message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
+            )
         lend = getattr(context, "lend", False)  # our own engines
         return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
 
@@ -174,7 +176,9 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
 
     @app.query()
     def query(message: Message, context: Context) -> Message:
-        return answer(message, context, lambda *_: Packet("partition", scalars={"id": int(context.node_config["partition-id"])}))
+        return answer(
+            message, context, lambda *_: Packet("partition", scalars={"id": int(context.node_config["partition-id"])})
+        )
 
     return app
 

@@ -72,6 +72,6 @@ class LentRecords(RecordDict):
         self._open()
         return super().items()
 
-    def copy(self) -> RecordDict:
+    def copy(self) -> Any:
         self._open()
         return RecordDict(dict(self.__dict__["_data"]))

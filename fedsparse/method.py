@@ -40,7 +40,7 @@ def method_names() -> tuple[str, ...]:
 
 
 def load_method(spec: str, client: str = "") -> Method:
-    """The method of that name, ``pkg.module:Class`` or ``file.py[:Class]``; ``client`` puts another client half under it."""
+    """The method of that name, ``pkg.module:Class`` or ``file.py[:Class]``; ``client``: another client half for it."""
     strategy = _load(spec, FederatedStrategy, "strategies", "method")
     client_spec = client or strategy.client
     name = spec if spec in method_names() else strategy.__name__.lower()
@@ -60,7 +60,7 @@ def hyper_parameters(method: Method) -> dict[str, Any]:
 
 
 def build(method: Method, hyper: Mapping[str, Any]) -> FederatedStrategy:
-    """The strategy with ``hyper`` given to the halves that know each name. Raises UserError for bad names and values."""
+    """The strategy with ``hyper`` given to the halves that know it. Raises UserError for bad names and values."""
     known = hyper_parameters(method)
     for name, value in hyper.items():
         if name not in known:
@@ -85,8 +85,8 @@ def _check_kind(method: str, name: str, value: Any, default: Any) -> None:
         raise UserError(f"{method}.{name} must be a {type(default).__name__}, got {value!r}")
 
 
-def _defaults(cls: type) -> dict[str, Any]:
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+def _defaults(cls: type[Any]) -> dict[str, Any]:
+    fields = dataclasses.fields(cls)
     return {f.name: f.default for f in fields if f.name not in ("client_spec", "client_config")}
 
 
@@ -97,7 +97,10 @@ def _load(spec: str, base: type[Any], folder: str, kind: str) -> Any:
     if name and name not in found:
         raise unknown(f"{base.__name__} in {path}", name, found)
     if not name and len(found) != 1:
-        raise UserError(f"{kind} {spec!r} must hold one {base.__name__}, it holds {sorted(found) or 'none'}; name one with {spec}:Class")
+        raise UserError(
+            f"{kind} {spec!r} must hold one {base.__name__}, it holds {sorted(found) or 'none'};"
+            f" name one with {spec}:Class"
+        )
     return found[name or next(iter(found))]
 
 
@@ -148,5 +151,7 @@ def _builtin(folder: str) -> ModuleType:
     home = Path(__file__).resolve().parents[1]
     places = [Path(p).resolve().parent for p in package.__path__]
     if home not in places:
-        raise UserError(f"another package named {folder!r} ({places[0]}) hides the one that came with fedsparse ({home})")
+        raise UserError(
+            f"another package named {folder!r} ({places[0]}) hides the one that came with fedsparse ({home})"
+        )
     return package

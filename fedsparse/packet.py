@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -29,7 +28,9 @@ Shapes = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 HEADER = 128  # bytes of the .npy header
 _FLOAT = "float32"
-_DTYPES = {name: getattr(torch, name) for name in ("uint8", "int8", "int16", "int32", "int64", "bool", "float64", "float16")}
+_DTYPES = {
+    name: getattr(torch, name) for name in ("uint8", "int8", "int16", "int32", "int64", "bool", "float64", "float16")
+}
 _HASH, _CHUNK = 64, 5 * 1024 * 1024  # Flower: characters of an object id; bytes of an array chunk
 
 with warnings.catch_warnings():  # torch says once per process that bytes are read-only; packets are, by contract
@@ -61,7 +62,9 @@ class Packet:
         words |= {f"s.{name}": len(v.encode()) for name, v in self.scalars.items() if isinstance(v, str)}
         fixed = _fixed_bytes(self.kind, run, shapes_of(self.tensors))
         config = fixed[1] + sum(_field(_key(name) + _field(_field(size))) for name, size in words.items())
-        return fixed[0] + _object("ConfigRecord", 0, config) + _object("MetricRecord", 0, _items(_numbers(self.scalars)))
+        return (
+            fixed[0] + _object("ConfigRecord", 0, config) + _object("MetricRecord", 0, _items(_numbers(self.scalars)))
+        )
 
 
 def encode(packet: Packet, *, run: str = "") -> RecordDict:
@@ -91,9 +94,10 @@ def decode(records: RecordDict) -> Packet:
     if isinstance(lent, Packet):
         return lent
     try:
-        config: Mapping[str, Any] = records["config"]  # type: ignore[assignment]
-        data = memoryview(records["arrays"]["flat"].data)  # type: ignore[union-attr, arg-type]
-        metrics: Mapping[str, Any] = records["metrics"]  # type: ignore[assignment]
+        config: Mapping[str, Any] = records["config"]
+        arrays: Any = records["arrays"]
+        data = memoryview(arrays["flat"].data)
+        metrics: Mapping[str, Any] = records["metrics"]
         kind, shapes = str(config["kind"]), _parse(str(config["layout"]))
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"not a fedsparse packet: {error!r} (records: {sorted(records)})") from error
@@ -110,7 +114,7 @@ def run_words(records: RecordDict) -> str:
     """The ``run`` text that rode along with a packet."""
     if hasattr(records, "run_words"):
         return str(records.run_words)
-    config: Mapping[str, Any] = records["config"]  # type: ignore[assignment]
+    config: Mapping[str, Any] = records["config"]
     return str(config.get("run", ""))
 
 
@@ -135,7 +139,7 @@ def put_floats(packet: Packet, buffer: memoryview) -> None:
 
 
 def take_floats(buffer: memoryview, shapes: Shapes, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors that ``put_floats`` wrote, as views of the buffer, between the ``others``, in the order of ``shapes``."""
+    """The tensors that ``put_floats`` wrote, as views of the buffer, and the ``others``, in the order of ``shapes``."""
     flat = torch.frombuffer(buffer, dtype=torch.float32) if len(buffer) else torch.empty(0)
     tensors, start = {}, 0
     for name, dtype, shape in shapes:
@@ -154,7 +158,10 @@ def same(a: Packet, b: Packet) -> bool:
         a.kind == b.kind
         and dict(a.scalars) == dict(b.scalars)
         and list(a.tensors) == list(b.tensors)
-        and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a.tensors.values(), b.tensors.values(), strict=True))
+        and all(
+            x.dtype == y.dtype and torch.equal(x, y)
+            for x, y in zip(a.tensors.values(), b.tensors.values(), strict=True)
+        )
     )
 
 
@@ -252,7 +259,7 @@ def _array_bytes(size: int, count: int) -> int:
 
 
 def _refs(*names: str) -> int:
-    return len(json.dumps({name: "0" * _HASH for name in names}))
+    return len(json.dumps(dict.fromkeys(names, "0" * _HASH)))
 
 
 def _object(kind: str, children: int, body: int) -> int:

@@ -30,7 +30,7 @@ def batches(n: int, batch_size: int, epochs: int, rng: torch.Generator) -> Itera
     """
     for _ in range(epochs):
         order = torch.randperm(n, generator=rng)  # (n,)
-        for chunk in order.split(batch_size):
+        for chunk in torch.split(order, batch_size):
             if len(chunk) > 1 or n == 1 or batch_size == 1:
                 yield chunk
 

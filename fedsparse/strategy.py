@@ -31,7 +31,7 @@ OnRound = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy keeps from round to round. ``params``: parameters and buffers of the global model (may be empty)."""
+    """What a strategy keeps from round to round. params: parameters and buffers of the global model, or nothing."""
 
     params: Mapping[str, Tensor]
     stage: str = "train"
@@ -92,7 +92,9 @@ class _Session:
         copies = 1 if self.config.get("momentum") else 0
         self.flops_per_sample = train_flops(self.layers, 1)
         self.macs = forward_macs(self.layers)
-        self.dense_memory = memory_bytes(self.layers, int(self.config.get("batch_size", 32)), optimizer_copies=copies).total
+        self.dense_memory = memory_bytes(
+            self.layers, int(self.config.get("batch_size", 32)), optimizer_copies=copies
+        ).total
 
 
 @dataclass
@@ -181,7 +183,14 @@ class FederatedStrategy(Strategy):
         """Flower's hook for logging hyper-parameters; the run directory has them all."""
 
     def _open(
-        self, grid: Grid, timeout: float, task: Task, devices: Sequence[Device], plan: Plan, rounds: int, initial: ArrayRecord | None
+        self,
+        grid: Grid,
+        timeout: float,
+        task: Task,
+        devices: Sequence[Device],
+        plan: Plan,
+        rounds: int,
+        initial: ArrayRecord | None,
     ) -> _Session:
         nodes = _who_is_there(grid, timeout)
         given = {d.id: d for d in devices}
@@ -224,7 +233,9 @@ class FederatedStrategy(Strategy):
 
     # --- Flower's four steps -------------------------------------------------------------------------------------
 
-    def configure_train(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """One message for each client of the cohort; the packet comes from the state, not from ``arrays``."""
         s = self._session
         cohort = sample_cohort(list(s.devices), s.plan.fraction, s.plan.seed, server_round)
@@ -234,7 +245,9 @@ class FederatedStrategy(Strategy):
             s.rows[device.id] = _new_row(s, server_round, device, size)
             yield _message(records, s.nodes[device.id], MessageType.TRAIN, server_round)
 
-    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord | None, MetricRecord | None]:
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Check, account and reduce the replies; the new state is kept."""
         s = self._session
         stream = self._replies(server_round, replies)
@@ -243,10 +256,15 @@ class FederatedStrategy(Strategy):
             pass
         answered = len(s.rows) - s.failures
         if answered < max(1, s.plan.min_replies):
-            raise ClientError(f"round {server_round}: {answered} of {len(s.rows)} clients answered, at least {s.plan.min_replies} must")
+            raise ClientError(
+                f"round {server_round}: {answered} of {len(s.rows)} clients answered,"
+                f" at least {s.plan.min_replies} must"
+            )
         return None, None
 
-    def configure_evaluate(self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid) -> Iterable[Message]:
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
         """In evaluated rounds one message for each evaluated client, sampled or not in this round's training."""
         s = self._session
         if not s.plan.evaluates(server_round, s.rounds):
@@ -266,7 +284,7 @@ class FederatedStrategy(Strategy):
                 continue
             s.evaluation_bytes += wire_bytes(message.content)
             row = s.rows.setdefault(device.id, _new_row(s, server_round, device, None))
-            row |= {name: score for name, score in _scores(packet).items()}
+            row |= _scores(packet)
         accuracies = [_accuracy(row["personal"]) for row in s.rows.values() if row["personal"]]
         return MetricRecord({"personal_accuracy": sum(accuracies) / len(accuracies)}) if accuracies else None
 
@@ -299,7 +317,8 @@ class FederatedStrategy(Strategy):
             if bad := _not_finite(packet):
                 raise ClientError(f"{where}: {bad} is not finite (NaN or infinite)")
             if stage != "evaluate" and not _is_weight(packet.scalars.get("weight")):
-                raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {packet.scalars.get('weight')!r}")
+                weight = packet.scalars.get("weight")
+                raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {weight!r}")
         except ClientError:
             if self._session.plan.on_client_error == "stop":
                 raise
@@ -317,7 +336,7 @@ class FederatedStrategy(Strategy):
             v = violations[0]
             raise UserError(
                 f"client {device.id}, round {server_round}: {v.what} {v.value:g} exceeds its budget {v.limit:g}"
-                " (budget.on_over_budget = \"record\" counts it instead)"
+                ' (budget.on_over_budget = "record" counts it instead)'
             )
 
 
@@ -363,7 +382,9 @@ def _message(records: RecordDict, node: int, kind: str, server_round: int) -> Me
     return Message(records, node, kind, group_id=str(server_round))
 
 
-def _encoded(packets: Iterable[tuple[Device, Packet]], words: str, grid: Grid) -> Iterator[tuple[Device, RecordDict, int]]:
+def _encoded(
+    packets: Iterable[tuple[Device, Packet]], words: str, grid: Grid
+) -> Iterator[tuple[Device, RecordDict, int]]:
     """Each device's packet as records, with their bytes; encoded once per distinct packet."""
     seen: dict[Any, tuple[RecordDict, int, Packet]] = {}  # the packet stays alive, so that ids stay unique
     for device, packet in packets:
@@ -398,11 +419,13 @@ def _not_finite(packet: Packet) -> str:
     """The name of the first tensor or number that is NaN or infinite, or ""."""
     floats = {name: t for name, t in packet.tensors.items() if t.is_floating_point()}
     # one number is not finite if any element is not; finite tensors whose norm overflows are looked at closely
-    if floats and not math.isfinite(sum(torch._foreach_norm(list(floats.values()), 1))):  # type: ignore[attr-defined]
+    if floats and not math.isfinite(sum(torch._foreach_norm(list(floats.values()), 1))):
         for name, tensor in floats.items():
             if not bool(torch.isfinite(tensor).all()):
                 return f"tensor {name!r}"
-    return next((f"scalar {n!r}" for n, v in packet.scalars.items() if isinstance(v, float) and not math.isfinite(v)), "")
+    return next(
+        (f"scalar {n!r}" for n, v in packet.scalars.items() if isinstance(v, float) and not math.isfinite(v)), ""
+    )
 
 
 def _is_weight(value: Any) -> bool:
@@ -414,14 +437,38 @@ def _unflatten(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Ten
     sizes = [t.numel() for t in like.values()]
     if len(flat) != sum(sizes):
         raise UserError(f"initial_arrays has {len(flat)} values, the model has {sum(sizes)}")
-    return {name: part.view(t.shape) for (name, t), part in zip(like.items(), flat.split(sizes), strict=True)}
+    return {name: part.view(t.shape) for (name, t), part in zip(like.items(), torch.split(flat, sizes), strict=True)}
 
 
 def _new_row(session: _Session, server_round: int, device: Device, bytes_down: int | None) -> Row:
     row: Row = dict.fromkeys(
-        ("n_train", "local", "personal", "global", "density_true", "density_nominal", "bytes_up", "flops", "forward_macs", "memory", "seconds", "loss")
+        (
+            "n_train",
+            "local",
+            "personal",
+            "global",
+            "density_true",
+            "density_nominal",
+            "bytes_up",
+            "flops",
+            "forward_macs",
+            "memory",
+            "seconds",
+            "loss",
+        )
     )
-    return {"round": server_round, "client": device.id, "tier": device.budget.density, "bytes_down": bytes_down, "over_budget": 0, "failed": False} | row | {"seconds": 0.0, "_local_seconds": 0.0}
+    return (
+        {
+            "round": server_round,
+            "client": device.id,
+            "tier": device.budget.density,
+            "bytes_down": bytes_down,
+            "over_budget": 0,
+            "failed": False,
+        }
+        | row
+        | {"seconds": 0.0, "_local_seconds": 0.0}
+    )
 
 
 def _fill_row(session: _Session, row: Row, packet: Packet, size: int) -> None:
@@ -469,7 +516,9 @@ def _report(session: _Session, server_round: int, trained: list[Row], seconds: d
         },
         "flops": sum(row["flops"] for row in ok),
         "loss": sum(losses) / len(losses) if losses else None,
-        "accuracy": {name: _mean_accuracy(session, name) for name in ("local", "personal", "global")} if evaluated else None,
+        "accuracy": {name: _mean_accuracy(session, name) for name in ("local", "personal", "global")}
+        if evaluated
+        else None,
         "clients": len(ok),
         "failures": session.failures,
         "rows": list(session.rows.values()),
@@ -477,7 +526,7 @@ def _report(session: _Session, server_round: int, trained: list[Row], seconds: d
 
 
 def _mean_accuracy(session: _Session, name: str) -> float | None:
-    scores = [row[name] for row in session.rows.values() if row[name] is not None]
+    scores: list[Score] = [row[name] for row in session.rows.values() if row[name] is not None]
     if not scores:
         return None
     if name == "global":  # one model on the pooled test data

@@ -304,3 +304,25 @@ def test_progress_writes_few_lines_where_there_is_no_terminal(capsys: pytest.Cap
     assert len(lines) == 10
     assert lines[0].startswith("round 10/100  accuracy -  sent 15.0 kB")
     assert lines[-1].startswith("round 100/100  accuracy 1.000  sent 150 kB")
+
+
+def test_progress_is_one_bar_on_a_terminal(tmp_path: Path) -> None:
+    leader, follower = os.openpty()
+    command = [*START, "run", *QUICK, "--rounds", "3", "--out", "a"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=follower)
+    os.close(follower)
+    written = b""
+    while chunk := _read(leader):
+        written += chunk
+    assert running.wait(timeout=20) == 0
+    assert b"round 2/3  accuracy" not in written, "a plain line beside the bar"
+    assert b"3/3" in written
+    os.close(leader)
+
+
+def _read(terminal: int) -> bytes:
+    """What came next; nothing when the other side has closed, which Linux reports as an error."""
+    try:
+        return os.read(terminal, 4096)
+    except OSError:
+        return b""

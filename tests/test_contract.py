@@ -14,7 +14,7 @@ from fedsparse.engine.local import LocalGrid
 from fedsparse.errors import UserError
 from fedsparse.method import build, hyper_parameters, load_method, method_names
 from fedsparse.packet import Packet, decode, encode, same
-from fedsparse.run import digest
+from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
 from fedsparse.strategy import FederatedStrategy, Plan
 from fedsparse.task import Budget, Device, Task
@@ -30,7 +30,9 @@ def halves(name: str, **hyper: Any) -> tuple[FederatedStrategy, FederatedClient]
     return strategy, method.client(**strategy.client_config)
 
 
-def first_exchange(name: str, task: Task, density: float | None = None) -> tuple[Packet, Packet, dict[str, Tensor], Any]:
+def first_exchange(
+    name: str, task: Task, density: float | None = None
+) -> tuple[Packet, Packet, dict[str, Tensor], Any]:
     """A client's first download, reply and memory."""
     client = small_clients(3, density)[2]
     strategy, half = halves(name, batch_size=8)

@@ -22,7 +22,7 @@ from fedsparse.engine.shared import Arena, lay, pick
 from fedsparse.errors import ClientError, UserError
 from fedsparse.method import build, load_method
 from fedsparse.packet import Packet, encode
-from fedsparse.run import digest
+from fedsparse.runner import digest
 from fedsparse.strategy import Plan
 from fedsparse.task import Client, Split, Task
 from tests.helpers import small_clients, small_task
@@ -267,7 +267,10 @@ def test_a_grid_needs_clients_and_workers() -> None:
 def test_records_survive_shared_memory() -> None:
     arena = Arena()
     packet = Packet("update", {"a": torch.randn(5, 3), "i": torch.arange(4)}, {"weight": 2, "s": "x"})
-    for records in (encode(packet, run="r"), RecordDict({"m": ArrayRecord([np.arange(9.0)]), "c": ConfigRecord({"k": 1})})):
+    for records in (
+        encode(packet, run="r"),
+        RecordDict({"m": ArrayRecord([np.arange(9.0)]), "c": ConfigRecord({"k": 1})}),
+    ):
         for copy in (True, False):
             assert pick(lay(records, arena), arena, copy=copy) == records
     big = torch.randn(400_000)  # makes the arena grow while views of it live

@@ -46,7 +46,9 @@ def test_size_of_a_payload_of_several_chunks() -> None:
 
 
 def test_decoding_copies_nothing() -> None:
-    packet = Packet("update", {"a": torch.randn(3, 4), "i": torch.arange(5), "b": torch.randn(2)}, {"weight": 3, "s": "x"})
+    packet = Packet(
+        "update", {"a": torch.randn(3, 4), "i": torch.arange(5), "b": torch.randn(2)}, {"weight": 3, "s": "x"}
+    )
     records = encode(packet, run="words")
     payload = bytearray(records.array_records["arrays"]["flat"].data)
     records["arrays"]["flat"].data = memoryview(payload)

@@ -44,7 +44,8 @@ def make_model(name: str) -> nn.Module:
         ]  # fmt: skip
     elif name == "vgg":
         layers = [
-            ("bn0", nn.BatchNorm2d(2)), ("conv1", nn.Conv2d(2, 5, 3, padding=1, bias=False)), ("bn1", nn.BatchNorm2d(5)),
+            ("bn0", nn.BatchNorm2d(2)),
+            ("conv1", nn.Conv2d(2, 5, 3, padding=1, bias=False)), ("bn1", nn.BatchNorm2d(5)),
             ("relu1", nn.ReLU()), ("pool1", nn.MaxPool2d(2)), ("conv2", nn.Conv2d(5, 4, 3)), ("bn2", nn.BatchNorm2d(4)),
             ("relu2", nn.ReLU()), ("flatten", nn.Flatten()), ("output", nn.Linear(16, 3)),
         ]  # fmt: skip
@@ -54,7 +55,12 @@ def make_model(name: str) -> nn.Module:
             ("flatten", nn.Flatten()), ("fc1", nn.Linear(18, 8)), ("relu2", nn.ReLU()), ("output", nn.Linear(8, 2)),
         ]  # fmt: skip
     else:
-        layers = [("flatten", nn.Flatten()), ("fc1", nn.Linear(6, 9)), ("relu1", nn.ReLU()), ("output", nn.Linear(9, 4))]
+        layers = [
+            ("flatten", nn.Flatten()),
+            ("fc1", nn.Linear(6, 9)),
+            ("relu1", nn.ReLU()),
+            ("output", nn.Linear(9, 4)),
+        ]
     return nn.Sequential(OrderedDict(layers))
 
 
@@ -76,7 +82,9 @@ def make_batch(name: str, n: int = 6) -> tuple[Tensor, Tensor]:
 
 def masks(plan: ChannelPlan) -> list[np.ndarray]:
     rng = numpy_rng("masks")
-    return [plan.forced.copy(), np.ones(plan.blocks, bool)] + [plan.forced | (rng.random(plan.blocks) < 0.5) for _ in range(4)]
+    return [plan.forced.copy(), np.ones(plan.blocks, bool)] + [
+        plan.forced | (rng.random(plan.blocks) < 0.5) for _ in range(4)
+    ]
 
 
 def unit_gates(plan: ChannelPlan, kept: np.ndarray, gates: Tensor) -> dict[str, Tensor]:
@@ -92,7 +100,9 @@ def unit_gates(plan: ChannelPlan, kept: np.ndarray, gates: Tensor) -> dict[str, 
     return out
 
 
-def masked_dense(task: Task, plan: ChannelPlan, params: dict[str, Tensor], kept: np.ndarray, gates: Tensor, x: Tensor) -> Tensor:
+def masked_dense(
+    task: Task, plan: ChannelPlan, params: dict[str, Tensor], kept: np.ndarray, gates: Tensor, x: Tensor
+) -> Tensor:
     """The dense model in which dropped units put out 0 and kept ones are scaled, by hooks."""
     factors = unit_gates(plan, kept, gates)
     hooks = []
@@ -110,7 +120,7 @@ def masked_dense(task: Task, plan: ChannelPlan, params: dict[str, Tensor], kept:
 
 
 def test_the_plan_of_leafcnn1() -> None:
-    """d, nominal and smallest sizes by hand: B = 5 for the convolutions; the 2048 rows of 1025 scalars need 19 groups."""
+    """d, nominal and smallest sizes by hand; the 2048 rows of 1025 scalars need 19 groups to be at most 5 % of d."""
     plan = channel_plan(build_model("leafcnn1", (1, 28, 28), 62))
     assert plan.total == 2_278_334
     assert [layer.groups for layer in plan.hidden] == [5, 5, 19]
@@ -189,7 +199,9 @@ def test_the_gate_gradient_is_the_product_of_weights_and_their_gradient() -> Non
         for n in (layer.weight, *layer.vectors):
             scaled[n] = scaled[n] * 0.7
     leaves = {n: t.requires_grad_() for n, t in scaled.items()}
-    grads = torch.autograd.grad(functional.cross_entropy(functional_call(task.model, leaves, (x,)), y), list(leaves.values()))
+    grads = torch.autograd.grad(
+        functional.cross_entropy(functional_call(task.model, leaves, (x,)), y), list(leaves.values())
+    )
     by_name = dict(zip(leaves, grads, strict=True))
     for layer in plan.hidden:
         for g, (a, b) in enumerate(itertools.pairwise(layer.bounds)):
@@ -338,25 +350,29 @@ def test_masked_mean_of_whole_models_has_the_bits_of_the_weighted_mean() -> None
     assert all(torch.equal(nobody[n], old[n]) for n in old)
 
 
+def chain(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
         (nn.Linear(2, 2), "Linear; it works for a chain"),
-        (nn.Sequential(OrderedDict(output=nn.Linear(4, 2))), "without a hidden layer"),
-        (nn.Sequential(OrderedDict(conv1=nn.Conv2d(4, 4, 1, groups=2), output=nn.Linear(4, 2))), "'conv1', a grouped"),
-        (nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), norm1=nn.LayerNorm(4), output=nn.Linear(4, 2))), "'norm1'"),
-        (nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), relu=nn.ReLU(), bn=nn.BatchNorm1d(4), output=nn.Linear(4, 2))), "'bn'"),
-        (nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), output=nn.Linear(4, 2), bn=nn.BatchNorm1d(2))), "after the classifier"),
-        (nn.Sequential(OrderedDict(fc1=nn.Linear(4, 4), output=nn.Linear(6, 2))), "6 inputs from 4"),
+        (chain(output=nn.Linear(4, 2)), "without a hidden layer"),
+        (chain(conv1=nn.Conv2d(4, 4, 1, groups=2), output=nn.Linear(4, 2)), "'conv1', a grouped"),
+        (chain(fc1=nn.Linear(4, 4), norm1=nn.LayerNorm(4), output=nn.Linear(4, 2)), "'norm1'"),
+        (chain(fc1=nn.Linear(4, 4), relu=nn.ReLU(), bn=nn.BatchNorm1d(4), output=nn.Linear(4, 2)), "'bn'"),
+        (chain(fc1=nn.Linear(4, 4), output=nn.Linear(4, 2), bn=nn.BatchNorm1d(2)), "after the classifier"),
+        (chain(fc1=nn.Linear(4, 4), output=nn.Linear(6, 2)), "6 inputs from 4"),
     ],
-)  # fmt: skip
+)
 def test_a_model_that_cannot_be_cut_is_named(model: nn.Module, message: str) -> None:
     with pytest.raises(UserError, match=message):
         channel_plan(model)
 
 
 def test_a_layer_of_one_unit_has_one_forced_block() -> None:
-    plan = channel_plan(nn.Sequential(OrderedDict(fc1=nn.Linear(3, 1), relu=nn.ReLU(), output=nn.Linear(1, 2))))
+    plan = channel_plan(chain(fc1=nn.Linear(3, 1), relu=nn.ReLU(), output=nn.Linear(1, 2)))
     assert plan.blocks == 1
     assert plan.smallest == plan.total == 4 + 4
     with pytest.raises(UserError, match="got 0 and"):

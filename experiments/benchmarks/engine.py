@@ -13,8 +13,8 @@ in random order; every process has one torch thread.
     workers2   fedsparse, local engine, two worker processes
     flower     Flower's simulation runtime on two Ray actors (--flower; a separate process, paused in between)
 
-A ratio is the median over rounds of own time / floor's time in the same turn, with a 95 % bootstrap interval. Before timing,
-each client's parameters after its local round are compared bit by bit with the loop's.
+A ratio is the median over rounds of own time / floor's time in the same turn, with a 95 % bootstrap interval.
+Before timing, each client's parameters after its local round are compared bit by bit with the loop's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fedsparse.client import client_app
@@ -171,7 +171,9 @@ class Ours:
         data = [Split(x[rows_of(i)], y[rows_of(i)]) for i in range(work.clients)]
         empty = Split(x[:0], y[:0])
         clients = [Client(Device(i), split, empty, empty) for i, split in enumerate(data)]
-        self.grid = LocalGrid(client_app(self.task, clients.__getitem__), work.clients, workers=workers, own_replies=False)
+        self.grid = LocalGrid(
+            client_app(self.task, clients.__getitem__), work.clients, workers=workers, own_replies=False
+        )
         self.plan = Plan(seed=SEED, fraction=work.cohort / work.clients, evaluate_every=0)
         self._reports: Iterator[dict[str, object]] | None = None
 
@@ -257,15 +259,22 @@ def flower_main(work: Workload, pipe: multiprocessing.connection.Connection) -> 
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        strategy = Paused(fraction_train=work.cohort / work.clients, fraction_evaluate=0.0, min_available_nodes=work.clients)
+        strategy = Paused(
+            fraction_train=work.cohort / work.clients, fraction_evaluate=0.0, min_available_nodes=work.clients
+        )
         strategy.start(grid, ArrayRecord(make_task(work).model.state_dict()), num_rounds=1 << 20)
 
     from engine_flower_client import make_app
 
     try:
         run_simulation(
-            server, make_app(work.name), work.clients,
-            backend_config={"init_args": {"logging_level": "error", "log_to_driver": False, "num_cpus": 2}, "client_resources": {"num_cpus": 1, "num_gpus": 0}},
+            server,
+            make_app(work.name),
+            work.clients,
+            backend_config={
+                "init_args": {"logging_level": "error", "log_to_driver": False, "num_cpus": 2},
+                "client_resources": {"num_cpus": 1, "num_gpus": 0},
+            },
         )
     finally:
         ray.shutdown()
@@ -274,9 +283,9 @@ def flower_main(work: Workload, pipe: multiprocessing.connection.Connection) -> 
 # --- timing ----------------------------------------------------------------------------------------------------------
 
 
-def timed(action: Callable[[], None]) -> float:
+def timed(action: Callable[[int], None], server_round: int) -> float:
     start = time.perf_counter()
-    action()
+    action(server_round)
     return time.perf_counter() - start
 
 
@@ -305,7 +314,7 @@ def measure(work: Workload, rounds: int, flower: bool) -> dict[str, dict[str, ob
     for server_round in range(1, rounds + 2):  # the first round warms up
         shuffle.shuffle(order)
         for name in order:
-            seconds = timed(lambda name=name: runners[name].round(server_round))  # type: ignore[misc]
+            seconds = timed(runners[name].round, server_round)
             if server_round > 1:
                 times[name].append(seconds)
     if flower:
@@ -333,7 +342,9 @@ def main() -> None:
     for name, runners in results.items():
         print(f"\nworkload {name}: seconds a round, median (best) of {args.rounds}; ratio to its floor [95 % interval]")
         for runner, r in sorted(runners.items()):
-            ratio = f"  {r['ratio_to_floor']:.3f} [{r['low']:.3f}, {r['high']:.3f}] x {r['floor']}" if "floor" in r else ""
+            ratio = (
+                f"  {r['ratio_to_floor']:.3f} [{r['low']:.3f}, {r['high']:.3f}] x {r['floor']}" if "floor" in r else ""
+            )
             print(f"  {runner:9} {r['seconds']:.4f} ({r['best']:.4f}){ratio}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")

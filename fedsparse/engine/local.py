@@ -162,7 +162,11 @@ class LocalGrid(Grid):
         for (i, message), (content, state, error) in zip(jobs, self._pool.run(jobs, self._states), strict=True):
             if state is not None:
                 self._states[i] = state
-            yield Message(Error(*error), reply_to=message) if content is None else Message(content, reply_to=message)
+            if content is not None:
+                yield Message(content, reply_to=message)
+            else:
+                code, reason = error or (_FAILED, "")
+                yield Message(Error(code, reason), reply_to=message)
         self.busy_seconds = self._pool.busy_seconds
 
 
@@ -217,7 +221,9 @@ class _Pool:
             ours, theirs = fork.Pipe()
             inherited = [*self._pipes, ours]
             process = fork.Process(
-                target=_work, args=(_Runner(app, partitions, not own), theirs, inherited, self._down, arena), daemon=True
+                target=_work,
+                args=(_Runner(app, partitions, not own), theirs, inherited, self._down, arena),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -252,7 +258,9 @@ class _Pool:
                     error,
                 )
 
-    def _contents(self, jobs: list[tuple[int, Message]], states: dict[int, RecordDict]) -> tuple[list[Layout], list[_Job]]:
+    def _contents(
+        self, jobs: list[tuple[int, Message]], states: dict[int, RecordDict]
+    ) -> tuple[list[Layout], list[_Job]]:
         """Each distinct download laid out once, and the jobs that name it."""
         contents: list[Layout] = []
         index: dict[int, int] = {}
@@ -266,7 +274,9 @@ class _Pool:
             sent.append((i, message.metadata.message_type, message.metadata.group_id, index[id(records)], state))
         return contents, sent
 
-    def _give(self, worker: int, waiting: deque[tuple[int, list[_Job]]], load: list[int], contents: list[Layout] | None) -> None:
+    def _give(
+        self, worker: int, waiting: deque[tuple[int, list[_Job]]], load: list[int], contents: list[Layout] | None
+    ) -> None:
         if waiting:
             number, jobs = waiting.popleft()
             try:

@@ -47,8 +47,8 @@ class SwitchNorm(nn.Module):
         """(n, C, ...) or (n, F) -> the same shape."""
         means, variances = self._moments(x.flatten(2)) if self.spatial else self._flat_moments(x)
         a, b = self.mean_weight.softmax(0), self.var_weight.softmax(0)
-        mean = _mix(a, means)  # (n, C) or (n, F)
-        var = _mix(b, variances)
+        mean = _mix(a, means, x.shape[:2])  # (n, C) or (n, F)
+        var = _mix(b, variances, x.shape[:2])
         scale = self.weight * (var + _EPS).rsqrt()
         shape = (*x.shape[:2], *[1] * (x.ndim - 2))
         return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
@@ -80,10 +80,9 @@ class SwitchNorm(nn.Module):
         return mean, var
 
 
-def _mix(weights: Tensor, parts: list[Tensor]) -> Tensor:
-    total = weights[0] * parts[0]
-    for weight, part in zip(weights[1:], parts[1:], strict=True):
-        total = total + weight * part
+def _mix(weights: Tensor, parts: list[Tensor], shape: torch.Size) -> Tensor:
+    """The weighted sum of parts that broadcast to ``shape``: one operation, so one step backwards."""
+    total: Tensor = torch.tensordot(weights, torch.stack([part.expand(shape) for part in parts]), 1)
     return total
 
 

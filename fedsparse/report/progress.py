@@ -22,6 +22,7 @@ class LiveProgress:
 
     def __init__(self) -> None:
         self._bar: Progress | None = None
+        self._terminal = sys.stderr.isatty()  # asked once: while the bar is up, standard error is rich's own
         self._began = time.monotonic()
         self._first = 0.0  # when the first round ended
         self._bytes = 0
@@ -34,7 +35,7 @@ class LiveProgress:
             self._accuracy = row["accuracy"].get("personal")
         text = f"accuracy {share(self._accuracy)}  sent {size(self._bytes)}  {seconds(self._left(row))} left"
         done, total = row["round"], row["rounds"]
-        if sys.stderr.isatty():
+        if self._terminal:
             self._draw(done, total, text)
         elif done == total or done % max(1, round(total / _LINES)) == 0:
             sys.stderr.write(f"round {done}/{total}  {text}\n")

@@ -66,9 +66,7 @@ def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[
             "over_budget": sum(row["over_budget"] for row in rows),
         },
         "masks": {"distinct": None, "mean_overlap": None},
-        "tiers": [
-            {"density_budget": tier, **_figures([row for row in rows if row["tier"] == tier])} for tier in tiers
-        ],
+        "tiers": [{"density_budget": tier, **_figures([row for row in rows if row["tier"] == tier])} for tier in tiers],
     }
 
 
@@ -96,8 +94,8 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def accuracy(rows: Sequence[Row], point: str) -> dict[str, float | None]:
-    """mean, weighted (by test examples), bottom_decile (mean of the ceil(K/10) lowest clients), p10 (index floor(K/10)),
-    and bottom_decile_noise: the bottom decile that test-set noise alone would give if all clients were equally good."""
+    """Figures over clients: mean, weighted (by test examples), bottom_decile (mean of the ceil(K/10) lowest), p10
+    (the sorted value at floor(K/10)), bottom_decile_noise (what test-set noise alone would give, see below)."""
     evaluated = [row for row in rows if row[point] is not None]
     last = set(sorted({row["round"] for row in evaluated})[-_LAST:])
     by_client: dict[int, list[float]] = {}
@@ -121,7 +119,7 @@ def accuracy(rows: Sequence[Row], point: str) -> dict[str, float | None]:
 
 
 def noise_bottom_decile(probability: float, tests: np.ndarray[Any, Any]) -> float:
-    """The expected bottom decile of clients that are all right with ``probability``: binomial, with their test sizes."""
+    """The expected bottom decile of clients that all are right with ``probability``: binomial in their test sizes."""
     tests = tests[tests > 0]
     if not len(tests):
         return math.nan

@@ -72,7 +72,7 @@ class CutLayer:
         """Trainable scalars of one unit with all its inputs."""
         return self.inputs * self.span * self.kernel + self.affine
 
-    @property
+    @cached_property
     def group_sizes(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in pairwise(self.bounds))
 

@@ -87,12 +87,22 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
             on_round(report)
 
     app = client_app(federation.task, lambda i: federation.clients[i])
-    with _errors_to(directory), LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid:
+    with (
+        _errors_to(directory),
+        LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid,
+    ):
         strategy.start(
-            grid, num_rounds=experiment.rounds, task=federation.task, devices=devices, plan=_plan(experiment), on_round=keep
+            grid,
+            num_rounds=experiment.rounds,
+            task=federation.task,
+            devices=devices,
+            plan=_plan(experiment),
+            on_round=keep,
         )
         memories = {i: dict(decode(state).tensors) for i, state in sorted(grid.states().items()) if len(state)}
-    summary = _summary(experiment, method.name, federation, strategy, rounds, rows, memories, time.perf_counter() - start)
+    summary = _summary(
+        experiment, method.name, federation, strategy, rounds, rows, memories, time.perf_counter() - start
+    )
     _save_tensors(directory / "final.safetensors", strategy.state, memories)
     _save_rows(directory / "clients.parquet", rows)
     _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
@@ -119,18 +129,26 @@ def federation_of(experiment: Experiment) -> Federation:
 
 def _task(experiment: Experiment, data: FederatedData, name: str) -> tuple[Task, tuple[str, ...]]:
     def make(width: float) -> nn.Module:
-        return build_model(name, data.input_shape, data.classes, width=width, norm=experiment.norm, vocabulary=data.vocabulary)
+        return build_model(
+            name, data.input_shape, data.classes, width=width, norm=experiment.norm, vocabulary=data.vocabulary
+        )
 
-    width, notes = experiment.width, ()
+    width = experiment.width
+    notes: tuple[str, ...] = ()
     with torch.device("meta"):
         reference = make(width)
     if experiment.narrow:
         factor, share = narrow_width(
-            lambda w: make(w * experiment.width), data.input_shape, tokens=data.vocabulary > 0,
-            equal=experiment.narrow, target=experiment.narrow_to,
+            lambda w: make(w * experiment.width),
+            data.input_shape,
+            tokens=data.vocabulary > 0,
+            equal=experiment.narrow,
+            target=experiment.narrow_to,
         )
         width *= factor
-        notes = (f"narrowed to width {width:.4g}: {share:.4g} of the dense model's {experiment.narrow.replace('_', '-')}",)
+        notes = (
+            f"narrowed to width {width:.4g}: {share:.4g} of the dense model's {experiment.narrow.replace('_', '-')}",
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(experiment.seed, "model"))  # torch's own initialisers know no other generator
         model = make(width)
@@ -224,7 +242,9 @@ def _commit() -> str:
     with suppress(OSError, subprocess.SubprocessError):
         home = Path(__file__).resolve().parents[1]
         if (home / ".git").exists():
-            done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, timeout=5, check=False)
+            done = subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=home, capture_output=True, text=True, timeout=5, check=False
+            )
             return done.stdout.strip()
     return ""
 
@@ -260,17 +280,34 @@ def _save_tensors(path: Path, state: State, memories: Mapping[int, Mapping[str, 
 
 
 def _summary(
-    experiment: Experiment, method: str, federation: Federation, strategy: FederatedStrategy,
-    rounds: list[dict[str, Any]], rows: list[dict[str, Any]], memories: Mapping[int, Mapping[str, Tensor]], wall: float,
+    experiment: Experiment,
+    method: str,
+    federation: Federation,
+    strategy: FederatedStrategy,
+    rounds: list[dict[str, Any]],
+    rows: list[dict[str, Any]],
+    memories: Mapping[int, Mapping[str, Tensor]],
+    wall: float,
 ) -> dict[str, Any]:
     reference = federation.task.reference
     layers = trace(reference, federation.task.input_shape, tokens=federation.task.tokens)
     epochs, batch = int(strategy.client_config.get("epochs", 1)), int(strategy.client_config.get("batch_size", 32))
     samples = sum(len(c.train) for c in federation.clients) / len(federation.clients) * epochs
-    dense = {name: torch.empty(t.shape) for name, t in (*reference.named_parameters(), *reference.named_buffers()) if t.is_floating_point()}
+    dense = {
+        name: torch.empty(t.shape)
+        for name, t in (*reference.named_parameters(), *reference.named_buffers())
+        if t.is_floating_point()
+    }
     facts = Facts(
-        method=method, dataset=experiment.dataset, model=federation.model, engine=experiment.engine.kind, seed=experiment.seed,
-        split=experiment.evaluate.split, rounds=len(rounds), clients=len(federation.clients), wall=wall,
+        method=method,
+        dataset=experiment.dataset,
+        model=federation.model,
+        engine=experiment.engine.kind,
+        seed=experiment.seed,
+        split=experiment.evaluate.split,
+        rounds=len(rounds),
+        clients=len(federation.clients),
+        wall=wall,
         digest=digest(strategy.state, memories),
         dense_bytes=Packet("train", dense).nbytes,
         dense_flops=train_flops(layers, round(samples)),

@@ -1,0 +1,199 @@
+"""The tables of personal accuracy in RESULTS.md: local, FedAvg, FedAvg-FT, pFedGate and the narrow dense controls.
+
+    python experiments/personal.py tune  wisdm [mnist femnist]   # 8 log-uniform trials a method, validation data
+    python experiments/personal.py final wisdm [mnist femnist]   # seeds 0, 1, 2 with the rates in the experiment's file
+    python experiments/personal.py table wisdm [mnist femnist]   # Markdown of what `final` wrote
+
+Each run is the ``fedsparse run`` command that the table names. Results are kept in ``experiments/results/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsparse.experiment import load_experiment
+from fedsparse.report.summary import accuracy
+from fedsparse.runner import run
+from fedsparse.seeding import numpy_rng
+
+HERE = Path(__file__).parent
+SEEDS = (0, 1, 2)
+METHODS = ("local", "fedavg", "fedavg_ft", "pfedgate")
+TRIALS, LOW, HIGH = 8, {"lr": 0.01, "gate_lr": 0.02}, {"lr": 2.0, "gate_lr": 2.0}
+CONTROLS = (
+    ("fedavg_ft", "parameters"),
+    ("fedavg_ft", "multiply_adds"),
+    ("local", "parameters"),
+    ("local", "multiply_adds"),
+)
+
+
+def one_run(dataset: str, settings: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]], list[float]]:
+    """Run once; the summary, its rows, and the bytes, in a folder that goes away."""
+    with tempfile.TemporaryDirectory() as folder:
+        done = run(load_experiment(HERE / f"{dataset}_personal.toml", settings), out=Path(folder) / "run")
+        return done.summary, done.clients, [line["seconds"]["wall"] for line in done.rounds]
+
+
+def command(dataset: str, settings: Sequence[str]) -> str:
+    return " ".join(["fedsparse run", f"experiments/{dataset}_personal.toml", *(f"--set {s}" for s in settings)])
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def trials(method: str) -> Iterator[dict[str, float]]:
+    """Log-uniform draws, the same for every data set."""
+    rng = numpy_rng("tune", method)
+    names = ["lr", "gate_lr"] if method == "pfedgate" else ["lr"]
+    for _ in range(TRIALS):
+        yield {n: round(float(np.exp(rng.uniform(np.log(LOW[n]), np.log(HIGH[n])))), 4) for n in names}
+
+
+def tune(dataset: str) -> None:
+    """Mean personal accuracy on validation data for each trial; nothing sees test data."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for method in METHODS:
+        found[method] = []
+        for trial in trials(method):
+            settings = [f"method={method}", "evaluate.split=validation", *(f"method.{k}={v}" for k, v in trial.items())]
+            start = time.perf_counter()
+            try:
+                value = one_run(dataset, settings)[0]["accuracy"]["personal"]["mean"]
+            except ValueError as error:  # a rate so large that the loss is not finite
+                print(f"  {error}")
+                value = 0.0
+            found[method].append({**trial, "accuracy": value})
+            print(f"{dataset} {method} {trial} {value:.4f} ({time.perf_counter() - start:.0f} s)", flush=True)
+        best = max(found[method], key=lambda t: t["accuracy"])
+        print(f"{dataset} {method} best: {best}", flush=True)
+        write(f"{dataset}_tune", found)
+
+
+# --- the runs of a table ---------------------------------------------------------------------------------------------
+
+
+def final(dataset: str) -> None:
+    """All runs of a data set's table, seed by seed."""
+    found: list[dict[str, Any]] = []
+    for seed in SEEDS:
+        shares: dict[float, dict[str, float]] = {}
+        for method in METHODS:
+            found.append(entry(dataset, method, seed, [f"method={method}", f"seed={seed}"]))
+            if method == "pfedgate":
+                shares = {t["tier"]: t for t in found[-1]["tiers"] if t["tier"] != 1.0}
+        for method, equal in CONTROLS:
+            for tier, cost in shares.items():
+                share = round(cost["density"] if equal == "parameters" else cost["macs"] / found[0]["all"]["macs"], 4)
+                settings = [f"method={method}", f"seed={seed}", f"narrow={equal}", f"narrow_to={share}"]
+                found.append(entry(dataset, method, seed, settings, control=equal, of_tier=tier))
+        write(f"{dataset}_final", found)
+
+
+def entry(dataset: str, method: str, seed: int, settings: Sequence[str], **extra: Any) -> dict[str, Any]:
+    start = time.perf_counter()
+    summary, rows, _ = one_run(dataset, settings)
+    groups = {t["density_budget"]: [r for r in rows if r["tier"] == t["density_budget"]] for t in summary["tiers"]}
+    whole = figures(summary, rows)
+    print(
+        f"{dataset} {seed} {' '.join(settings)}: {whole['mean']:.4f} ({time.perf_counter() - start:.0f} s)", flush=True
+    )
+    return {
+        "method": method,
+        "seed": seed,
+        "command": command(dataset, settings),
+        "digest": summary["digest"],
+        **extra,
+        "rounds": summary["rounds"],
+        "clients": summary["clients"],
+        "all": whole,
+        "tiers": [
+            {"tier": tier, **figures(cost, groups[tier])} for tier, cost in zip(groups, summary["tiers"], strict=True)
+        ],
+    }
+
+
+def figures(cost: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    scores = accuracy(rows, "personal")
+    return {
+        "mean": scores["mean"],
+        "bottom_decile": scores["bottom_decile"],
+        "noise": scores["bottom_decile_noise"],
+        "local": accuracy(rows, "local")["mean"],
+        "global": accuracy(rows, "global")["weighted"],
+        "density": cost["density"]["true_mean"],
+        "density_max": cost["density"]["true_max"],
+        "up": cost["bytes"]["up_per_client_round"],
+        "down": cost["bytes"]["down_per_client_round"],
+        "macs": cost["flops"]["inference_per_sample"] / 2,
+    }
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def table(dataset: str) -> None:
+    """Markdown: mean and standard deviation over seeds; costs are those of seed 0."""
+    found = json.loads((HERE / "results" / f"{dataset}_final.json").read_text())
+    heads = ("method", "clients of tier", "personal accuracy", "bottom decile", "noise alone", "true density")
+    print_row([*heads, "up kB", "down kB", "k multiply-adds"])
+    print_row(["---"] * 9)
+    for name, tier, entries in lines(found):
+        cells = [e["all"] if tier is None else next(t for t in e["tiers"] if t["tier"] == tier) for e in entries]
+        first, noise = cells[0], np.mean([c["noise"] for c in cells])
+        scores = [spread(cells, "mean"), spread(cells, "bottom_decile"), f"{noise:.3f}", f"{first['density']:.3f}"]
+        costs = [f"{first[key] / 1e3:.1f}" for key in ("up", "down", "macs")]
+        print_row([name, "all" if tier is None else f"{tier:g}", *scores, *costs])
+    print()
+    for e in found:
+        if e["seed"] == 0:
+            print(f"    {e['command']}")
+
+
+def print_row(cells: Sequence[str]) -> None:
+    print(f"| {' | '.join(cells)} |")
+
+
+def lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, float | None, list[dict[str, Any]]]]:
+    plain = [e for e in found if "control" not in e]
+    tiers = [t["tier"] for t in plain[0]["tiers"]]
+    for tier in (None, *tiers):
+        for method in METHODS:
+            yield method, tier, [e for e in plain if e["method"] == method]
+        for method, equal in CONTROLS:
+            entries = [e for e in found if e.get("control") == equal and e["method"] == method and e["of_tier"] == tier]
+            if entries:
+                yield f"{method}, narrow, equal {equal.replace('_', '-')}", tier, entries
+
+
+def spread(cells: list[dict[str, Any]], name: str) -> str:
+    values = [c[name] for c in cells]
+    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+
+
+def write(name: str, content: Any) -> None:
+    folder = HERE / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("tune", "final", "table"))
+    parser.add_argument("datasets", nargs="+")
+    args = parser.parse_args()
+    for dataset in args.datasets:
+        {"tune": tune, "final": final, "table": table}[args.what](dataset)
+
+
+if __name__ == "__main__":
+    main()
