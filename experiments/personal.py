@@ -27,6 +27,7 @@ from fedsparse.seeding import numpy_rng
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 METHODS = ("local", "fedavg", "fedavg_ft", "pfedgate")
+RATES = "# the best of 8 trials on validation data, written by `experiments/personal.py tune`"
 TRIALS, LOW, HIGH = 8, {"lr": 0.01, "gate_lr": 0.02}, {"lr": 2.0, "gate_lr": 2.0}
 CONTROLS = (
     ("fedavg_ft", "parameters"),
@@ -76,6 +77,16 @@ def tune(dataset: str) -> None:
         best = max(found[method], key=lambda t: t["accuracy"])
         print(f"{dataset} {method} best: {best}", flush=True)
         write(f"{dataset}_tune", found)
+    set_rates(dataset, {method: max(found[method], key=lambda t: t["accuracy"]) for method in METHODS})
+
+
+def set_rates(dataset: str, best: dict[str, dict[str, float]]) -> None:
+    """Write the best trials at the end of the experiment's file."""
+    path = HERE / f"{dataset}_personal.toml"
+    text = path.read_text().split(RATES)[0].rstrip() + f"\n\n{RATES}\n"
+    for method, trial in best.items():
+        text += f"\n[method.{method}]\n" + "".join(f"{k} = {v}\n" for k, v in trial.items() if k != "accuracy")
+    path.write_text(text)
 
 
 # --- the runs of a table ---------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fedsparse.client import FederatedClient, Memory, Metrics, client_app
 from fedsparse.engine.local import LocalGrid
-from fedsparse.engine.shared import Arena, lay, pick
+from fedsparse.engine.shared import Arena, chunks, lay, pick
 from fedsparse.errors import ClientError, UserError
 from fedsparse.method import build, load_method
 from fedsparse.packet import Packet, encode
@@ -281,3 +281,13 @@ def test_records_survive_shared_memory() -> None:
 
 def test_splits_have_a_length() -> None:
     assert len(Split(torch.zeros(3, 2), torch.zeros(3))) == 3
+
+
+@pytest.mark.parametrize(("n", "count"), [(0, 4), (1, 4), (10, 8), (100, 8), (7, 3)])
+def test_chunks_are_even_and_in_order(n: int, count: int) -> None:
+    parts = chunks(list(range(n)), count)
+    assert [i for part in parts for i in part] == list(range(n))
+    sizes = [len(part) for part in parts]
+    assert len(parts) <= count
+    assert sizes == sorted(sizes, reverse=True)
+    assert not sizes or sizes[0] - sizes[-1] <= 1

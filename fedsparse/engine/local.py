@@ -237,7 +237,7 @@ class _Pool:
         self._down.reset()
         self.busy_seconds = 0.0
         contents, sent = self._contents(jobs, states)
-        lists = list(chunks(sent, _CHUNKS_PER_WORKER * len(self._pipes)))
+        lists = chunks(sent, _CHUNKS_PER_WORKER * len(self._pipes))
         waiting = deque(enumerate(lists))
         done: dict[int, tuple[int, list[_Answer]]] = {}
         load = [0] * len(self._pipes)

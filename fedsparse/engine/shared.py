@@ -9,7 +9,6 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -131,7 +130,9 @@ def copied(records: RecordDict) -> RecordDict:
     return out
 
 
-def chunks(items: list[Any], count: int) -> Iterable[list[Any]]:
-    """``items`` in order, in at most ``count`` runs of nearly equal length."""
-    size = max(1, -(-len(items) // max(1, count)))
-    return (items[i : i + size] for i in range(0, len(items), size))
+def chunks(items: list[Any], count: int) -> list[list[Any]]:
+    """``items`` in order, in at most ``count`` runs whose lengths differ by one at most, the longer ones first."""
+    count = max(1, min(count, len(items)))
+    short, longer = divmod(len(items), count)
+    bounds = [i * short + min(i, longer) for i in range(count + 1)]
+    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]

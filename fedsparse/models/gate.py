@@ -18,6 +18,7 @@ from torch.nn import functional
 from fedsparse.errors import unknown
 
 BRANCHES = ("separate", "shared")
+Moments = tuple[Tensor, Tensor]
 _EPS = 1e-5
 _KEEP = 0.9  # of the running statistics at each training batch; they start at 0, as in the official code
 
@@ -34,7 +35,6 @@ class SwitchNorm(nn.Module):
 
     def __init__(self, channels: int, *, spatial: bool) -> None:
         super().__init__()
-        self.spatial = spatial
         parts = 3 if spatial else 2
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -43,47 +43,53 @@ class SwitchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.zeros(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(n, C, ...) or (n, F) -> the same shape."""
-        means, variances = self._moments(x.flatten(2)) if self.spatial else self._flat_moments(x)
-        a, b = self.mean_weight.softmax(0), self.var_weight.softmax(0)
-        mean = _mix(a, means, x.shape[:2])  # (n, C) or (n, F)
-        var = _mix(b, variances, x.shape[:2])
+    def forward(self, x: Tensor, moments: Moments) -> Tensor:
+        """(n, C, ...) or (n, F) -> the same shape. moments: those of ``x``, which branches share."""
+        means, variances = self._with_running(moments)  # (parts, n, C) or (parts, n, F)
+        mean = (self.mean_weight.softmax(0) @ means.flatten(1)).view(x.shape[:2])
+        var = (self.var_weight.softmax(0) @ variances.flatten(1)).view(x.shape[:2])
         scale = self.weight * (var + _EPS).rsqrt()
         shape = (*x.shape[:2], *[1] * (x.ndim - 2))
-        return x * scale.view(shape) + (self.bias - mean * scale).view(shape)
+        return torch.addcmul((self.bias - mean * scale).view(shape), x, scale.view(shape))
 
-    def _moments(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Instance, layer and batch moments of (n, C, S)."""
-        mean_in = x.mean(2)  # (n, C)
-        var_in = x.var(2, correction=min(1, x.shape[2] - 1))
-        square = var_in + mean_in**2
-        mean_ln = mean_in.mean(1, keepdim=True)  # (n, 1)
-        var_ln = square.mean(1, keepdim=True) - mean_ln**2
-        mean_bn, var_bn = self._batch(mean_in.mean(0), square.mean(0) - mean_in.mean(0) ** 2)
-        return [mean_in, mean_ln, mean_bn], [var_in, var_ln, var_bn]
-
-    def _flat_moments(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Layer and batch moments of (n, F)."""
-        mean_ln = x.mean(1, keepdim=True)  # (n, 1)
-        var_ln = x.var(1, keepdim=True, correction=min(1, x.shape[1] - 1))
-        mean_bn, var_bn = self._batch(x.mean(0), x.var(0, correction=min(1, len(x) - 1)))
-        return [mean_ln, mean_bn], [var_ln, var_bn]
-
-    def _batch(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
-        """The batch's statistics in training, which also move the running ones; the running ones otherwise."""
-        if not self.training:
-            return self.running_mean, self.running_var
-        with torch.no_grad():
-            self.running_mean.mul_(_KEEP).add_(mean, alpha=1 - _KEEP)
-            self.running_var.mul_(_KEEP).add_(var, alpha=1 - _KEEP)
-        return mean, var
+    def _with_running(self, moments: Moments) -> Moments:
+        """Training moves the running statistics; evaluation uses them for the batch's part, the last one."""
+        means, variances = moments
+        if self.training:
+            with torch.no_grad():
+                self.running_mean.mul_(_KEEP).add_(means[-1, 0], alpha=1 - _KEEP)
+                self.running_var.mul_(_KEEP).add_(variances[-1, 0], alpha=1 - _KEEP)
+            return moments
+        running_mean, running_var = self.running_mean.expand_as(means[-1:]), self.running_var.expand_as(means[-1:])
+        return torch.cat([means[:-1], running_mean]), torch.cat([variances[:-1], running_var])
 
 
-def _mix(weights: Tensor, parts: list[Tensor], shape: torch.Size) -> Tensor:
-    """The weighted sum of parts that broadcast to ``shape``: one operation, so one step backwards."""
-    total: Tensor = torch.tensordot(weights, torch.stack([part.expand(shape) for part in parts]), 1)
-    return total
+def input_moments(x: Tensor) -> Moments:
+    """Means and variances of an input by part, each (parts, n, C) or (parts, n, F); no gradients.
+
+    Images and series (n, C, ...): instance, layer, batch. Flat inputs (n, F): layer, batch.
+    """
+    with torch.no_grad():
+        parts = _spatial_moments(x.flatten(2)) if x.ndim > 2 else _flat_moments(x)
+        means, variances = ([part.expand(x.shape[:2]) for part in kind] for kind in parts)
+        return torch.stack(means), torch.stack(variances)
+
+
+def _spatial_moments(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Instance, layer and batch moments of (n, C, S)."""
+    var_in, mean_in = torch.var_mean(x, 2, correction=min(1, x.shape[2] - 1))  # (n, C)
+    square = var_in + mean_in**2
+    mean_ln = mean_in.mean(1, keepdim=True)  # (n, 1)
+    mean_bn = mean_in.mean(0)  # (C,)
+    var_ln, var_bn = square.mean(1, keepdim=True) - mean_ln**2, square.mean(0) - mean_bn**2
+    return [mean_in, mean_ln, mean_bn], [var_in, var_ln, var_bn]
+
+
+def _flat_moments(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Layer and batch moments of (n, F)."""
+    var_ln, mean_ln = torch.var_mean(x, 1, keepdim=True, correction=min(1, x.shape[1] - 1))  # (n, 1)
+    var_bn, mean_bn = torch.var_mean(x, 0, correction=min(1, len(x) - 1))  # (F,)
+    return [mean_ln, mean_bn], [var_ln, var_bn]
 
 
 def _pool2d(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -102,9 +108,9 @@ class Branch(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks).uniform_(-bound, bound, generator=generator))
         self.post_norm = nn.BatchNorm1d(blocks, eps=_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, moments: Moments) -> Tensor:
         """(n, *input_shape) -> (L,): the mean over the batch of each example's sigmoids."""
-        logits = functional.linear(self.norm(x).flatten(1), self.weight, self.bias)  # (n, L)
+        logits = functional.linear(self.norm(x, moments).flatten(1), self.weight, self.bias)  # (n, L)
         return torch.sigmoid(self.post_norm(logits)).mean(0)
 
 
@@ -131,8 +137,9 @@ class Gate(nn.Module):
         if self.pool:
             size = self.input_shape[1:]
             x = functional.adaptive_avg_pool1d(x, size[0]) if len(size) == 1 else _pool2d(x, size)
-        scale = self.scale(x)
-        return scale, scale if self.importance is self.scale else self.importance(x)
+        moments = input_moments(x)
+        scale = self.scale(x, moments)
+        return scale, scale if self.importance is self.scale else self.importance(x, moments)
 
     @property
     def macs(self) -> int:
