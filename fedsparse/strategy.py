@@ -120,6 +120,10 @@ class FederatedStrategy(Strategy):
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         """The next state, from replies in device order. Keeps no view of a reply's tensors."""
 
+    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+        """What is wrong with a training reply's kind, names, shapes or types, or "". Checked before ``reduce``."""
+        return ""
+
     # --- the round loop ------------------------------------------------------------------------------------------
 
     def start(  # type: ignore[override]
@@ -311,7 +315,7 @@ class FederatedStrategy(Strategy):
         try:
             if message.has_error():
                 raise ClientError(f"{where}: {message.error.reason}")
-            packet = decode(message.content)
+            packet = _decoded(where, message)
             if packet.kind == "error":
                 raise ClientError(f"{where}: {packet.scalars['message']}", str(packet.scalars["trace"]))
             if bad := _not_finite(packet):
@@ -319,6 +323,8 @@ class FederatedStrategy(Strategy):
             if stage != "evaluate" and not _is_weight(packet.scalars.get("weight")):
                 weight = packet.scalars.get("weight")
                 raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {weight!r}")
+            if stage != "evaluate" and (complaint := self.complaint(self._session.task, self._session.state, packet)):
+                raise ClientError(f"{where}: {complaint}")
         except ClientError:
             if self._session.plan.on_client_error == "stop":
                 raise
@@ -353,6 +359,9 @@ class AveragingStrategy(FederatedStrategy):
 
     def broadcast(self, state: State, device: Device) -> Packet:
         return Packet("train", state.params)
+
+    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+        return misfit(reply, "update", state.params)
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         mean = WeightedMean()
@@ -413,6 +422,28 @@ def _timed(session: _Session, messages: Iterable[Message]) -> Iterator[Message]:
         yield message
         start = time.perf_counter()
     session.waited += time.perf_counter() - start
+
+
+def misfit(reply: Packet, kind: str, like: Mapping[str, Tensor]) -> str:
+    """How a reply differs in kind, names, shapes or types from what was asked for, or ""."""
+    if reply.kind != kind:
+        return f"a reply of kind {reply.kind!r}, where {kind!r} is wanted"
+    for name in (*like, *reply.tensors):
+        want, got = like.get(name), reply.tensors.get(name)
+        if want is None or got is None:
+            return f"tensor {name!r} is {'not wanted' if want is None else 'missing'}"
+        if (want.shape, want.dtype) != (got.shape, got.dtype):
+            return (
+                f"tensor {name!r} is {got.dtype} {tuple(got.shape)}, where {want.dtype} {tuple(want.shape)} is wanted"
+            )
+    return ""
+
+
+def _decoded(where: str, message: Message) -> Packet:
+    try:
+        return decode(message.content)
+    except UserError as error:
+        raise ClientError(f"{where}: {error}") from error
 
 
 def _not_finite(packet: Packet) -> str:

@@ -13,9 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
+
+from fedsparse.errors import UserError
 from fedsparse.models.gated import Gated, gated_model
 from fedsparse.packet import Packet
-from fedsparse.sparse.codec import tile_count, unpack_bits
+from fedsparse.sparse.codec import tile_count, unpack, unpack_bits
 from fedsparse.sparse.mean import MaskedMean
 from fedsparse.strategy import FederatedStrategy, Reply, State
 from fedsparse.task import Device, Task
@@ -38,6 +41,20 @@ class PFedGate(FederatedStrategy):
 
     def broadcast(self, state: State, device: Device) -> Packet:
         return Packet("train", state.params)
+
+    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+        values, touched = (reply.tensors.get(name) for name in ("values", "touched"))
+        if reply.kind != "update" or len(reply.tensors) != 2 or values is None or touched is None:
+            return (
+                f"a reply {reply.kind!r} of {sorted(reply.tensors)}, where 'update' of ['touched', 'values'] is wanted"
+            )
+        plan = self._gated(task).plan
+        try:
+            for _ in unpack(values, plan, unpack_bits(touched, tile_count(plan)), task.shapes):
+                break
+        except UserError as error:
+            return str(error)
+        return "" if values.dtype == torch.float32 else f"tensor 'values' is {values.dtype}, not torch.float32"
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         plan = self._gated(task).plan

@@ -185,3 +185,25 @@ def test_pfedgate_with_open_gates_is_fedavg(task: str, hyper: dict[str, float]) 
     avg, _, _ = run_method("fedavg", TASKS[task](), **plain)
     gated, _, _ = run_method("pfedgate", TASKS[task](), open_gate=True, **plain)
     assert digest(avg.state, {}) == digest(gated.state, {})
+
+
+@pytest.mark.parametrize("damage", ["kind", "missing", "extra", "short", "dtype", "bitmap"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "local"])
+def test_a_reply_of_the_wrong_form_is_refused(name: str, damage: str) -> None:
+    task = small_task()
+    _, reply, _, (_, client) = first_exchange(name, task)
+    strategy, _ = halves(name, batch_size=8)
+    state = strategy.init(task, [client.device])
+    assert strategy.complaint(task, state, reply) == ""
+    tensors, first = dict(reply.tensors), next(iter(reply.tensors))
+    if damage == "missing":
+        del tensors[first]
+    elif damage == "extra":
+        tensors["x"] = torch.ones(1)
+    elif damage == "short":
+        tensors[first] = tensors[first].flatten()[:-1]
+    elif damage == "dtype":
+        tensors[first] = tensors[first].double()
+    elif damage == "bitmap":
+        tensors[list(tensors)[-1]] = torch.ones(99, dtype=torch.uint8)
+    assert strategy.complaint(task, state, Packet("odd" if damage == "kind" else reply.kind, tensors, reply.scalars))

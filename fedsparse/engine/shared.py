@@ -6,6 +6,7 @@ travels through a pipe is only where. Everything else of a record (words, number
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import tempfile
@@ -135,4 +136,4 @@ def chunks(items: list[Any], count: int) -> list[list[Any]]:
     count = max(1, min(count, len(items)))
     short, longer = divmod(len(items), count)
     bounds = [i * short + min(i, longer) for i in range(count + 1)]
-    return [items[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
+    return [items[a:b] for a, b in itertools.pairwise(bounds) if b > a]
