@@ -28,7 +28,10 @@ HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 METHODS = ("local", "fedavg", "fedavg_ft", "pfedgate")
 RATES = "# the best of 8 trials on validation data, written by `experiments/personal.py tune`"
-TRIALS, LOW, HIGH = 8, {"lr": 0.01, "gate_lr": 0.02}, {"lr": 2.0, "gate_lr": 2.0}
+SECOND = {"pfedgate": ("gate_lr",), "fedavg_ft": ("ft_lr",)}  # drawn together with lr
+TRIALS = 8
+LOW = {"lr": 0.01, "gate_lr": 0.02, "ft_lr": 0.001}
+HIGH = {"lr": 2.0, "gate_lr": 2.0, "ft_lr": 0.5}
 CONTROLS = (
     ("fedavg_ft", "parameters"),
     ("fedavg_ft", "multiply_adds"),
@@ -54,15 +57,16 @@ def command(dataset: str, settings: Sequence[str]) -> str:
 def trials(method: str) -> Iterator[dict[str, float]]:
     """Log-uniform draws, the same for every data set."""
     rng = numpy_rng("tune", method)
-    names = ["lr", "gate_lr"] if method == "pfedgate" else ["lr"]
+    names = ["lr", *SECOND.get(method, ())]
     for _ in range(TRIALS):
         yield {n: round(float(np.exp(rng.uniform(np.log(LOW[n]), np.log(HIGH[n])))), 4) for n in names}
 
 
-def tune(dataset: str) -> None:
+def tune(dataset: str, methods: Sequence[str] = METHODS) -> None:
     """Mean personal accuracy on validation data for each trial; nothing sees test data."""
-    found: dict[str, list[dict[str, float]]] = {}
-    for method in METHODS:
+    kept = HERE / "results" / f"{dataset}_tune.json"
+    found: dict[str, list[dict[str, float]]] = json.loads(kept.read_text()) if kept.exists() else {}
+    for method in methods:
         found[method] = []
         for trial in trials(method):
             settings = [f"method={method}", "evaluate.split=validation", *(f"method.{k}={v}" for k, v in trial.items())]
@@ -77,7 +81,7 @@ def tune(dataset: str) -> None:
         best = max(found[method], key=lambda t: t["accuracy"])
         print(f"{dataset} {method} best: {best}", flush=True)
         write(f"{dataset}_tune", found)
-    set_rates(dataset, {method: max(found[method], key=lambda t: t["accuracy"]) for method in METHODS})
+    set_rates(dataset, {method: max(found[method], key=lambda t: t["accuracy"]) for method in found})
 
 
 def set_rates(dataset: str, best: dict[str, dict[str, float]]) -> None:
@@ -201,9 +205,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("what", choices=("tune", "final", "table"))
     parser.add_argument("datasets", nargs="+")
+    parser.add_argument(
+        "--methods", default=",".join(METHODS), help="for tune: which methods, the others' rates are kept"
+    )
     args = parser.parse_args()
     for dataset in args.datasets:
-        {"tune": tune, "final": final, "table": table}[args.what](dataset)
+        if args.what == "tune":
+            tune(dataset, args.methods.split(","))
+        else:
+            {"final": final, "table": table}[args.what](dataset)
 
 
 if __name__ == "__main__":

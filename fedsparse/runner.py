@@ -10,7 +10,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from fedsparse.data import FederatedData, federate, load_dataset
 from fedsparse.engine.local import LocalGrid
 from fedsparse.errors import ClientError, UserError
 from fedsparse.experiment import Experiment, toml_text
-from fedsparse.method import build, load_method
+from fedsparse.method import Method, build, hyper_parameters, load_method
 from fedsparse.models import build_model
 from fedsparse.packet import Packet, decode
 from fedsparse.report.summary import Facts, summarise
@@ -74,39 +74,41 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     devices = [client.device for client in federation.clients]
     strategy.init(federation.task, devices)  # budgets that cannot be met are refused before anything is written
     directory = _new_directory(experiment, method.name, out)
-    _write(directory / "config.toml", _config(experiment, federation))
-    rounds: list[dict[str, Any]] = []
-    rows: list[dict[str, Any]] = []
+    record = _Recorder(directory, federation, on_round)
+    with _errors_to(directory):
+        _write(directory / "config.toml", _config(experiment, method, federation))
+        app = client_app(federation.task, federation.clients.__getitem__)
+        with LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid:
+            plan = _plan(experiment)
+            strategy.start(
+                grid, num_rounds=experiment.rounds, task=federation.task, devices=devices, plan=plan, on_round=record
+            )
+            memories = {i: dict(decode(state).tensors) for i, state in sorted(grid.states().items()) if len(state)}
+        wall = time.perf_counter() - start
+        summary = _summary(experiment, method.name, federation, strategy, record, memories, wall)
+        _save_tensors(directory / "final.safetensors", strategy.state, memories)
+        _save_rows(directory / "clients.parquet", record.rows)
+        _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
+    return Run(directory, summary, record.rounds, record.rows, strategy.state, memories)
 
-    def keep(report: dict[str, Any]) -> None:
-        rows.extend(_plain_row(row, federation) for row in report.pop("rows"))
-        rounds.append(report)
-        with (directory / "rounds.jsonl").open("a", encoding="utf-8") as file:
+
+class _Recorder:
+    """Takes the report of each round: a line of ``rounds.jsonl``, rows for ``clients.parquet``, the user's callback."""
+
+    def __init__(self, directory: Path, federation: Federation, on_round: OnRound | None) -> None:
+        self.rounds: list[dict[str, Any]] = []
+        self.rows: list[dict[str, Any]] = []
+        self._path = directory / "rounds.jsonl"
+        self._federation = federation
+        self._on_round = on_round
+
+    def __call__(self, report: dict[str, Any]) -> None:
+        self.rows.extend(_plain_row(row, self._federation) for row in report.pop("rows"))
+        self.rounds.append(report)
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
-        if on_round:
-            on_round(report)
-
-    app = client_app(federation.task, lambda i: federation.clients[i])
-    with (
-        _errors_to(directory),
-        LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid,
-    ):
-        strategy.start(
-            grid,
-            num_rounds=experiment.rounds,
-            task=federation.task,
-            devices=devices,
-            plan=_plan(experiment),
-            on_round=keep,
-        )
-        memories = {i: dict(decode(state).tensors) for i, state in sorted(grid.states().items()) if len(state)}
-    summary = _summary(
-        experiment, method.name, federation, strategy, rounds, rows, memories, time.perf_counter() - start
-    )
-    _save_tensors(directory / "final.safetensors", strategy.state, memories)
-    _save_rows(directory / "clients.parquet", rows)
-    _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
-    return Run(directory, summary, rounds, rows, strategy.state, memories)
+        if self._on_round:
+            self._on_round(report)
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -116,8 +118,8 @@ def federation_of(experiment: Experiment) -> Federation:
     """Load and partition the data, build the model (initial parameters fixed by the seed), assign the budgets."""
     data = federate(load_dataset(experiment.dataset), experiment.partition, experiment.seed)
     model_name = experiment.model or data.default_model
-    if experiment.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda': torch finds no GPU here; use device = \"cpu\"")
+    if experiment.device == "cuda":
+        raise UserError('device \'cuda\' is not supported yet; use "cpu" or "auto" (which is the cpu, for now)')
     task, notes = _task(experiment, data, model_name)
     budgets = assign(experiment.budget, range(len(data.clients)))
     clients = tuple(
@@ -204,13 +206,15 @@ def _free(parent: Path, name: str) -> Path:
 
 @contextmanager
 def _errors_to(directory: Path) -> Iterator[None]:
-    """A failing client's own traceback goes to ``client_error.txt`` in the run directory."""
+    """A failing client's own traceback goes to ``client_error.txt``; a disk that fails is one clear line."""
     try:
         yield
     except ClientError as error:
         if error.trace:
             _write(directory / "client_error.txt", error.trace)
         raise
+    except OSError as error:
+        raise UserError(f"run folder {str(directory)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _write(path: Path, text: str) -> None:
@@ -223,9 +227,11 @@ def _write(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def _config(experiment: Experiment, federation: Federation) -> str:
+def _config(experiment: Experiment, method: Method, federation: Federation) -> str:
+    """The experiment with every default filled in, and what it was run with."""
+    hyper = {**hyper_parameters(method), **experiment.hyper}
+    resolved = replace(experiment, model=federation.model, hyper=hyper)
     facts = {
-        "model": federation.model,
         "clients": len(federation.clients),
         "notes": list(federation.notes),
         "python": platform.python_version(),
@@ -234,7 +240,7 @@ def _config(experiment: Experiment, federation: Federation) -> str:
         **{name: version(name) for name in _PACKAGES},
         **{name: os.environ[name] for name in _BITS if name in os.environ},
     }
-    return experiment.to_toml() + "\n" + toml_text({"resolved": facts})
+    return resolved.to_toml() + "\n" + toml_text({"resolved": facts})
 
 
 def _commit() -> str:
@@ -284,8 +290,7 @@ def _summary(
     method: str,
     federation: Federation,
     strategy: FederatedStrategy,
-    rounds: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
+    record: _Recorder,
     memories: Mapping[int, Mapping[str, Tensor]],
     wall: float,
 ) -> dict[str, Any]:
@@ -305,7 +310,7 @@ def _summary(
         engine=experiment.engine.kind,
         seed=experiment.seed,
         split=experiment.evaluate.split,
-        rounds=len(rounds),
+        rounds=len(record.rounds),
         clients=len(federation.clients),
         wall=wall,
         digest=digest(strategy.state, memories),
@@ -314,4 +319,4 @@ def _summary(
         dense_memory=memory_bytes(layers, batch).total,
         notes=federation.notes,
     )
-    return summarise(facts, rounds, rows)
+    return summarise(facts, record.rounds, record.rows)
