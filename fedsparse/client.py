@@ -160,9 +160,8 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
             client = clients(int(context.node_config["partition-id"]))
             reply = work(task, client, message.content, context)
         except Exception as error:  # any engine then tells the server who failed, and how
-            reply = Packet(
-                "error", scalars={"message": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
-            )
+            named = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            reply = Packet("error", scalars={"message": named, "trace": traceback.format_exc()})
         lend = getattr(context, "lend", False)  # our own engines
         return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
 

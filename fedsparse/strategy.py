@@ -329,7 +329,8 @@ class FederatedStrategy(Strategy):
             if self._session.plan.on_client_error == "stop":
                 raise
             self._session.failures += 1
-            self._session.rows.get(device.id, {})["failed"] = True
+            if stage != "evaluate":  # a failed evaluation leaves the accounts of training as they are
+                self._session.rows[device.id]["failed"] = True
             return None
         return packet
 
