@@ -33,7 +33,12 @@ class FedAvgFTClient(SgdClient):
     ) -> tuple[Packet, Memory]:
         return update(client, self.fit(task, client, packet.tensors, rng)), memory
 
+    def local(self, packet: Packet, reply: Packet) -> Packet:
+        return replace(reply, kind="local")  # before aggregation the trained model stands as it is
+
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
+        if packet.kind == "local":
+            return {"personal": task.score(packet.tensors, client.held_out)}
         tuner = replace(self, epochs=self.ft_epochs, lr=self.ft_lr or self.lr)
         tuned = tuner.fit(task, client, packet.tensors, torch_rng(task.seed, client.id, "finetune")).params
         return {

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+import fedsparse
 from fedsparse.experiment import load_experiment
 from fedsparse.report.summary import accuracy
 from fedsparse.runner import run
@@ -73,8 +74,10 @@ def tune(dataset: str, methods: Sequence[str] = METHODS) -> None:
             start = time.perf_counter()
             try:
                 value = one_run(dataset, settings)[0]["accuracy"]["personal"]["mean"]
-            except ValueError as error:  # a rate so large that the loss is not finite
-                print(f"  {error}")
+            except fedsparse.ClientError as error:
+                if "training loss is" not in str(error) and "not finite" not in str(error):
+                    raise
+                print(f"  {error}")  # a rate so large that the loss is not finite
                 value = 0.0
             found[method].append({**trial, "accuracy": value})
             print(f"{dataset} {method} {trial} {value:.4f} ({time.perf_counter() - start:.0f} s)", flush=True)

@@ -178,6 +178,10 @@ def _run(experiment: Experiment, out: Path | None, quiet: bool) -> Run:
 
 
 def _print_result(done: Run, quiet: bool, as_json: bool) -> None:
+    failures = done.summary["failures"]["clients"]
+    if failures:  # on standard error, quiet or not: nothing ends as if it had not happened
+        first = next(line["errors"][0] for line in done.rounds if line["errors"])
+        typer.echo(f"warning: {failures} failures of clients were skipped, the first: {first}", err=True)
     if as_json:
         typer.echo((done.directory / "summary.json").read_text(encoding="utf-8").rstrip())
     elif not quiet:

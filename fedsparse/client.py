@@ -187,13 +187,16 @@ def _train(task: Task, client: Client, records: Any, context: Context) -> Packet
     packet = decode(records)
     words, half = _read_words(run_words(records))
     memory = _load(context)
+    held = dict(memory)
     rng = torch_rng(words.seed, words.round, client.id, "train")
+    versions = _versions(packet)
     reply, kept = half.train(task, client, packet, memory, rng)
-    if kept is not memory:
+    _check_untouched(packet, versions)
+    if kept.keys() != held.keys() or any(kept[name] is not held[name] for name in held):
         _save(context, kept)
     scalars: dict[str, Any] = {**reply.scalars, "train_seconds": time.perf_counter() - start}
     if words.local:
-        scores = half.evaluate(task, client, half.local(packet, reply), kept)
+        scores = _checked(half.evaluate(task, client, half.local(packet, reply), kept))
         scalars |= _score_scalars({"local": scores["personal"]})
         scalars["local_seconds"] = time.perf_counter() - start - scalars["train_seconds"]
     return replace(reply, scalars=scalars)
@@ -202,7 +205,27 @@ def _train(task: Task, client: Client, records: Any, context: Context) -> Packet
 def _evaluate(task: Task, client: Client, records: Any, context: Context) -> Packet:
     packet = decode(records)
     _, half = _read_words(run_words(records))
-    return Packet("scores", scalars=_score_scalars(half.evaluate(task, client, packet, _load(context))))
+    versions = _versions(packet)
+    scores = _checked(half.evaluate(task, client, packet, _load(context)))
+    _check_untouched(packet, versions)
+    return Packet("scores", scalars=_score_scalars(scores))
+
+
+def _versions(packet: Packet) -> list[int]:
+    """How often each tensor was written to, as torch counts."""
+    return [t._version for t in packet.tensors.values()]
+
+
+def _check_untouched(packet: Packet, versions: list[int]) -> None:
+    """A packet is shared by all clients of a round: writing into it would make results depend on their order."""
+    if _versions(packet) != versions:
+        raise UserError(f"the client half wrote into a tensor of the packet {packet.kind!r}; clone before writing")
+
+
+def _checked(scores: Metrics) -> Metrics:
+    if "personal" not in scores or not all(isinstance(score, Score) for score in scores.values()):
+        raise UserError(f"evaluate must return a Score named 'personal', it returned {dict(scores)!r}")
+    return scores
 
 
 def _score_scalars(scores: Metrics) -> dict[str, int | float]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,8 +101,8 @@ class Experiment:
         _check_choice("norm", self.norm, ("batch", "group"))
         _check_choice("narrow", self.narrow, ("", "parameters", "multiply_adds"))
         _check_choice("device", self.device, ("cpu", "cuda", "auto"))
-        if not (self.width > 0 and math.isfinite(self.width)):
-            raise UserError(f"width must be a number above 0, got {self.width}")
+        if not 0 < self.width <= 64:
+            raise UserError(f"width must be in (0, 64], got {self.width}")
         for key in ("dataset", "method"):
             if not getattr(self, key):
                 raise UserError(f"{key} must not be empty")

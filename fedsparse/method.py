@@ -42,7 +42,9 @@ def method_names() -> tuple[str, ...]:
 def load_method(spec: str, client: str = "") -> Method:
     """The method of that name, ``pkg.module:Class`` or ``file.py[:Class]``; ``client``: another client half for it."""
     strategy = _load(spec, FederatedStrategy, "strategies", "method")
-    client_spec = client or strategy.client
+    client_spec = client or getattr(strategy, "client", "")
+    if not client_spec:
+        raise UserError(f'method {spec!r}: {strategy.__name__} names no client half; set client = "module:Class"')
     name = spec if spec in method_names() else strategy.__name__.lower()
     return Method(name, strategy, load_client(client_spec), client_spec)
 
@@ -69,8 +71,8 @@ def build(method: Method, hyper: Mapping[str, Any]) -> FederatedStrategy:
     server = {k: _like(v, known[k]) for k, v in hyper.items() if k in _defaults(method.strategy)}
     local = {k: _like(v, known[k]) for k, v in hyper.items() if k in _defaults(method.client)}
     try:
-        method.client(**local)
-        return method.strategy(**server, client_spec=method.client_spec, client_config=local)
+        half = method.client(**local)
+        return method.strategy(**server, client_spec=method.client_spec, client_config=dataclasses.asdict(half))
     except ValueError as error:
         raise UserError(f"method {method.name}: {error}") from error
 
@@ -122,6 +124,9 @@ def _module(path: str, folder: str, kind: str) -> ModuleType:
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
+        beside = Path(*path.split(".")).with_suffix(".py")  # the console script does not look in the current folder
+        if beside.is_file():
+            return _file_module(beside, kind)
         raise UserError(f"{kind} {path!r}: no such module ({error})") from error
 
 

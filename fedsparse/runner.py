@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ from fedsparse.task import Client, Device, Score, Task
 
 OnRound = Callable[[dict[str, Any]], None]
 _BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
 _PACKAGES = ("fedsparse", "torch", "numpy", "flwr")
 
 
@@ -98,6 +100,7 @@ class _Recorder:
     def __init__(self, directory: Path, federation: Federation, on_round: OnRound | None) -> None:
         self.rounds: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
+        self._directory = directory
         self._path = directory / "rounds.jsonl"
         self._federation = federation
         self._on_round = on_round
@@ -105,6 +108,8 @@ class _Recorder:
     def __call__(self, report: dict[str, Any]) -> None:
         self.rows.extend(_plain_row(row, self._federation) for row in report.pop("rows"))
         self.rounds.append(report)
+        for text in report.pop("traces"):
+            _write(self._directory / "client_error.txt", text)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(report) + "\n")
         if self._on_round:
@@ -214,6 +219,8 @@ def _errors_to(directory: Path) -> Iterator[None]:
             _write(directory / "client_error.txt", error.trace)
         raise
     except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
         raise UserError(f"run folder {str(directory)!r} cannot be written: {error.strerror or error}") from error
 
 
@@ -230,7 +237,8 @@ def _write(path: Path, text: str) -> None:
 def _config(experiment: Experiment, method: Method, federation: Federation) -> str:
     """The experiment with every default filled in, and what it was run with."""
     hyper = {**hyper_parameters(method), **experiment.hyper}
-    resolved = replace(experiment, model=federation.model, hyper=hyper)
+    resolved = replace(experiment, model=federation.model).to_dict()
+    resolved["method"] = {"name": experiment.method, experiment.method: hyper}  # under its name: of no other method
     facts = {
         "clients": len(federation.clients),
         "notes": list(federation.notes),
@@ -240,7 +248,7 @@ def _config(experiment: Experiment, method: Method, federation: Federation) -> s
         **{name: version(name) for name in _PACKAGES},
         **{name: os.environ[name] for name in _BITS if name in os.environ},
     }
-    return resolved.to_toml() + "\n" + toml_text({"resolved": facts})
+    return toml_text(resolved) + "\n" + toml_text({"resolved": facts})
 
 
 def _commit() -> str:
@@ -259,10 +267,12 @@ def _plain_row(row: Mapping[str, Any], federation: Federation) -> dict[str, Any]
     """A row of ``clients.parquet``: scores become accuracies, beside the number of examples they stand on."""
     client = federation.clients[row["client"]]
     plain = {k: v for k, v in row.items() if not k.startswith("_")}
-    for name in ("local", "personal", "global"):
+    names = {"local", "personal", "global"} | {name for name, value in row.items() if isinstance(value, Score)}
+    for name in sorted(names):
         score: Score | None = row[name]
-        plain[name] = None if score is None else score.correct / max(1, score.n)
-        plain[f"{name}_loss"] = None if score is None else score.loss
+        known = score is not None and score.n > 0
+        plain[name] = score.correct / score.n if score is not None and known else None
+        plain[f"{name}_loss"] = score.loss if score is not None and known else None
     return plain | {"n_train": len(client.train), "n_test": len(client.held_out)}
 
 
@@ -297,6 +307,7 @@ def _summary(
     reference = federation.task.reference
     layers = trace(reference, federation.task.input_shape, tokens=federation.task.tokens)
     epochs, batch = int(strategy.client_config.get("epochs", 1)), int(strategy.client_config.get("batch_size", 32))
+    copies = 1 if strategy.client_config.get("momentum") else 0
     samples = sum(len(c.train) for c in federation.clients) / len(federation.clients) * epochs
     dense = {
         name: torch.empty(t.shape)
@@ -316,7 +327,7 @@ def _summary(
         digest=digest(strategy.state, memories),
         dense_bytes=Packet("train", dense).nbytes,
         dense_flops=train_flops(layers, round(samples)),
-        dense_memory=memory_bytes(layers, batch).total,
+        dense_memory=memory_bytes(layers, batch, optimizer_copies=copies).total,
         notes=federation.notes,
     )
     return summarise(facts, record.rounds, record.rows)

@@ -82,6 +82,7 @@ class _Session:
     waited: float = 0.0  # seconds spent waiting for replies in this exchange
     failures: int = 0
     evaluation_bytes: int = 0
+    errors: list[ClientError] = field(default_factory=list)  # of this round, when failures are skipped
 
     def __post_init__(self) -> None:
         self.ids = {node: device for device, node in self.nodes.items()}
@@ -212,7 +213,7 @@ class FederatedStrategy(Strategy):
 
     def _round(self, server_round: int, grid: Grid, timeout: float) -> dict[str, Any]:
         session, start = self._session, time.perf_counter()
-        session.rows, session.failures, session.evaluation_bytes = {}, 0, 0
+        session.rows, session.failures, session.evaluation_bytes, session.errors = {}, 0, 0, []
         messages = list(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
         sent = time.perf_counter()
         self.aggregate_train(server_round, grid.send_and_receive(messages, timeout=timeout))
@@ -258,11 +259,13 @@ class FederatedStrategy(Strategy):
         s.state = self.reduce(s.task, s.state, stream)
         for _ in stream:  # a method may stop reading early; the accounts may not
             pass
+        self._count_lost(server_round)
         answered = len(s.rows) - s.failures
         if answered < max(1, s.plan.min_replies):
             raise ClientError(
                 f"round {server_round}: {answered} of {len(s.rows)} clients answered,"
-                f" at least {s.plan.min_replies} must"
+                f" at least {s.plan.min_replies} must; the first failure: {s.errors[0] if s.errors else 'none'}",
+                s.errors[0].trace if s.errors else "",
             )
         return None, None
 
@@ -325,14 +328,27 @@ class FederatedStrategy(Strategy):
                 raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {weight!r}")
             if stage != "evaluate" and (complaint := self.complaint(self._session.task, self._session.state, packet)):
                 raise ClientError(f"{where}: {complaint}")
-        except ClientError:
-            if self._session.plan.on_client_error == "stop":
-                raise
-            self._session.failures += 1
-            if stage != "evaluate":  # a failed evaluation leaves the accounts of training as they are
-                self._session.rows[device.id]["failed"] = True
+        except ClientError as error:
+            self._fail(device, error, training=stage != "evaluate")
             return None
         return packet
+
+    def _fail(self, device: Device, error: ClientError, *, training: bool) -> None:
+        """Stop the run, or count the failure and leave the client out of this round."""
+        if self._session.plan.on_client_error == "stop":
+            raise error
+        self._session.failures += 1
+        self._session.errors.append(error)
+        if training:  # a failed evaluation leaves the accounts of training as they are
+            self._session.rows[device.id]["failed"] = True
+
+    def _count_lost(self, server_round: int) -> None:
+        """Clients that were asked and never answered are failures."""
+        s = self._session
+        for i, row in s.rows.items():
+            if row["bytes_up"] is None and not row["failed"]:
+                lost = ClientError(f"client {i}, round {server_round}, stage {s.state.stage}: no reply came")
+                self._fail(s.devices[i], lost, training=True)
 
     def _check_budget(self, server_round: int, device: Device, row: Row) -> None:
         violations = check(
@@ -553,6 +569,8 @@ def _report(session: _Session, server_round: int, trained: list[Row], seconds: d
         else None,
         "clients": len(ok),
         "failures": session.failures,
+        "errors": [str(error) for error in session.errors[:5]],
+        "traces": [error.trace for error in session.errors[:1]],
         "rows": list(session.rows.values()),
     }
 

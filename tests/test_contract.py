@@ -207,3 +207,9 @@ def test_a_reply_of_the_wrong_form_is_refused(name: str, damage: str) -> None:
     elif damage == "bitmap":
         tensors[list(tensors)[-1]] = torch.ones(99, dtype=torch.uint8)
     assert strategy.complaint(task, state, Packet("odd" if damage == "kind" else reply.kind, tensors, reply.scalars))
+
+
+def test_fine_tuning_does_not_touch_the_accuracy_before_aggregation() -> None:
+    _, _, avg = run_method("fedavg", small_task(), rounds=1)
+    _, _, tuned = run_method("fedavg_ft", small_task(), rounds=1, ft_epochs=9)
+    assert avg[0]["accuracy"]["local"] == tuned[0]["accuracy"]["local"]

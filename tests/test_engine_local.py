@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.shared import Arena, chunks, lay, pick
 from fedsparse.errors import ClientError, UserError
 from fedsparse.method import build, load_method
-from fedsparse.packet import Packet, encode
+from fedsparse.packet import Packet, decode, encode
 from fedsparse.runner import digest
 from fedsparse.strategy import Plan
 from fedsparse.task import Client, Split, Task
@@ -133,8 +134,6 @@ def final_digest(method: str, workers: int, fraction: float = 0.6) -> str:
     with LocalGrid(app, len(clients), workers=workers, own_replies=False) as grid:
         plan = Plan(seed=3, fraction=fraction)
         strategy.start(grid, num_rounds=3, task=task, devices=[c.device for c in clients], plan=plan)
-        from fedsparse.packet import decode
-
         memories = {i: dict(decode(s).tensors) for i, s in grid.states().items() if len(s)}
     return digest(strategy.state, memories)
 
@@ -291,3 +290,86 @@ def test_chunks_are_even_and_in_order(n: int, count: int) -> None:
     assert len(parts) <= count
     assert sizes == sorted(sizes, reverse=True)
     assert not sizes or sizes[0] - sizes[-1] <= 1
+
+
+# --- what a fresh pair of eyes found --------------------------------------------------------------------------------
+
+big_app = ClientApp()
+
+
+@big_app.train()
+def big(msg: Message, context: Context) -> Message:
+    seen = msg.content["config"].setdefault("seen", 0)
+    msg.content["config"]["seen"] = seen + 1
+    if "calls" not in context.state:
+        context.state["calls"] = ConfigRecord({"n": 0})
+    context.state["calls"]["n"] += 1  # in place, as stock apps may
+    reply = ConfigRecord({"raw": b"x" * 400_000, "calls": context.state["calls"]["n"], "seen": seen})
+    return Message(RecordDict({"c": reply}), reply_to=msg)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_large_words_both_ways_states_in_place_and_own_downloads(workers: int) -> None:
+    with LocalGrid(big_app, 16, workers=workers) as grid:
+        for turn in (1, 2, 3):
+            content = RecordDict({"config": ConfigRecord({"raw": b"y" * 400_000})})
+            replies = list(grid.send_and_receive([Message(content, n, "train") for n in grid.get_node_ids()]))
+            assert [r.content["c"]["calls"] for r in replies] == [turn] * 16
+            assert [r.content["c"]["seen"] for r in replies] == [0] * 16
+
+
+def test_an_exchange_that_nobody_reads_to_its_end_leaves_nothing_behind() -> None:
+    clients, task = small_clients(16), small_task()
+    with LocalGrid(client_app(task, clients.__getitem__), 16, workers=2, own_replies=False) as grid:
+        strategy = build(load_method("fedavg"), {})
+        next(strategy.rounds(grid, 1, task=task))
+        messages = list(strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid))
+        whole = [decode(r.content).tensors["fc1.bias"].clone() for r in grid.send_and_receive(messages)]
+        for reply in grid.send_and_receive(messages):  # stops after the first
+            assert reply.has_content()
+            break
+        again = [decode(r.content).tensors["fc1.bias"].clone() for r in grid.send_and_receive(messages)]
+    assert all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+
+
+class Writing(Failing):
+    """Writes into the packet that all clients share."""
+
+    def train(
+        self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
+    ) -> tuple[Packet, Memory]:
+        packet.tensors["output.bias"].add_(1)
+        return Packet("update", packet.tensors, {"weight": 1}), memory
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_writing_into_a_packet_is_refused(workers: int) -> None:
+    clients, task = small_clients(2), small_task()
+    strategy = build(load_method("fedavg", f"{__name__}:Writing"), {})
+    with (
+        LocalGrid(client_app(task, clients.__getitem__), 2, workers=workers, own_replies=False) as grid,
+        pytest.raises(ClientError, match="client 0, round 1.*wrote into a tensor of the packet 'train'"),
+    ):
+        strategy.start(grid, num_rounds=1, task=task)
+
+
+def test_skipped_failures_are_named_in_the_report() -> None:
+    report = run_failing("raise", 1, on_client_error="skip")[1]
+    assert report["errors"] == ["client 2, round 2, stage train: RuntimeError: out of luck"]
+    assert "Traceback" in report["traces"][0]
+
+
+class Forgetful(LocalGrid):
+    """Loses the last reply."""
+
+    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        return list(super().send_and_receive(messages))[:-1]
+
+
+def test_a_reply_that_never_comes_is_a_failure() -> None:
+    clients, task = small_clients(3), small_task()
+    with Forgetful(client_app(task, clients.__getitem__), 3) as grid:
+        with pytest.raises(ClientError, match="client 2, round 1, stage train: no reply came"):
+            build(load_method("fedavg"), {}).start(grid, num_rounds=1, task=task)
+        skipping = build(load_method("fedavg"), {}).rounds(grid, 1, task=task, plan=Plan(on_client_error="skip"))
+        assert next(skipping)["failures"] == 1

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ _RUN_ID = 1
 _FAILED = 1000  # error code of a client that raised, in Flower's range for applications
 _CHUNKS_PER_WORKER = 4  # enough to even out unequal clients, few enough to cost nothing
 _AHEAD = 2  # chunks a worker has at hand, so that it never waits for the next
+_SMALL = 1 << 15  # bytes; a larger list waits until its worker is idle, else both might block while sending
 
 AppOrFactory = ClientApp | Callable[[], ClientApp]
 
@@ -181,12 +183,12 @@ class _Runner:
     def __init__(self, app: ClientApp, partitions: int, lend: bool) -> None:
         self._app = app
         self._partitions = partitions
-        self._lend = lend
+        self.lends = lend
 
     def __call__(self, i: int, message: Message, content: RecordDict, state: RecordDict) -> Message:
         config: dict[str, bool | float | int | str] = {"partition-id": i, "num-partitions": self._partitions}
         context = LocalContext(_RUN_ID, i + 1, config, state, {})
-        context.lend = self._lend
+        context.lend = self.lends
         asked = message
         if content is not message.content:
             asked = Message(content, i + 1, message.metadata.message_type, group_id=message.metadata.group_id)
@@ -209,6 +211,9 @@ class _Pool:
     def __init__(self, app: ClientApp, partitions: int, workers: int, own: bool) -> None:
         self.busy_seconds = 0.0
         self._own = own
+        self._waiting: deque[tuple[int, list[_Job]]] = deque()
+        self._load = [0] * workers  # lists that each worker has not answered
+        self._fresh: list[list[Layout] | None] = [None] * workers  # downloads that a worker has not seen
         self._down = Arena()
         self._up = [Arena() for _ in range(workers)]
         self._pipes: list[Connection] = []
@@ -234,21 +239,22 @@ class _Pool:
         self, jobs: list[tuple[int, Message]], states: dict[int, RecordDict]
     ) -> Iterator[tuple[RecordDict | None, RecordDict | None, tuple[int, str] | None]]:
         """Answers in the order of ``jobs``, as a stream: content, new state, error."""
+        self._waiting.clear()
+        while any(self._load):  # of an exchange whose caller stopped reading: workers finish it first
+            self._collect({})
         self._down.reset()
         self.busy_seconds = 0.0
         contents, sent = self._contents(jobs, states)
         lists = chunks(sent, _CHUNKS_PER_WORKER * len(self._pipes))
-        waiting = deque(enumerate(lists))
+        self._waiting = deque(enumerate(lists))
+        self._fresh = [contents] * len(self._pipes)
         done: dict[int, tuple[int, list[_Answer]]] = {}
-        load = [0] * len(self._pipes)
-        first = [True] * len(self._pipes)
         for _ in range(_AHEAD):
-            for w in range(len(self._pipes)):
-                self._give(w, waiting, load, contents if first[w] else None)
-                first[w] = False
+            for worker in range(len(self._pipes)):
+                self._give(worker)
         for number in range(len(lists)):
             while number not in done:
-                self._collect(waiting, load, done)
+                self._collect(done)
             worker, answers = done.pop(number)
             for content, state, error in answers:
                 arena = self._up[worker]
@@ -274,20 +280,24 @@ class _Pool:
             sent.append((i, message.metadata.message_type, message.metadata.group_id, index[id(records)], state))
         return contents, sent
 
-    def _give(
-        self, worker: int, waiting: deque[tuple[int, list[_Job]]], load: list[int], contents: list[Layout] | None
-    ) -> None:
-        if waiting:
-            number, jobs = waiting.popleft()
-            try:
-                self._pipes[worker].send((number, contents, jobs))
-            except OSError as error:
-                raise self._lost(worker) from error
-            load[worker] += 1
+    def _give(self, worker: int) -> None:
+        """Send the worker its next list, if there is one and sending it cannot block."""
+        if not self._waiting or self._load[worker] >= _AHEAD:
+            return
+        number, jobs = self._waiting[0]
+        data = bytes(ForkingPickler.dumps((number, self._fresh[worker], jobs)))
+        if self._load[worker] and len(data) > _SMALL:
+            return
+        try:
+            self._pipes[worker].send_bytes(data)
+        except OSError as error:
+            raise self._lost(worker) from error
+        self._waiting.popleft()
+        self._fresh[worker] = None
+        self._load[worker] += 1
 
-    def _collect(
-        self, waiting: deque[tuple[int, list[_Job]]], load: list[int], done: dict[int, tuple[int, list[_Answer]]]
-    ) -> None:
+    def _collect(self, done: dict[int, tuple[int, list[_Answer]]]) -> None:
+        """Wait for answers and keep workers busy."""
         for pipe in wait(self._pipes):
             worker = self._pipes.index(pipe)  # type: ignore[arg-type]
             try:
@@ -295,9 +305,10 @@ class _Pool:
             except (EOFError, OSError) as error:
                 raise self._lost(worker) from error
             done[number] = worker, answers
-            load[worker] -= 1
+            self._load[worker] -= 1
             self.busy_seconds += seconds
-            self._give(worker, waiting, load, None)
+            for _ in range(_AHEAD):
+                self._give(worker)
 
     def _lost(self, worker: int) -> ClientError:
         self._processes[worker].join(1)
@@ -340,10 +351,11 @@ def _answer(runner: _Runner, job: _Job, contents: list[RecordDict], down: Arena,
     i, message_type, group, which, state_layout = job
     state = RecordDict() if state_layout is None else pick(state_layout, down, copy=True)
     before = dict(state)
-    message = Message(contents[which], i + 1, message_type, group_id=group)
-    reply = runner(i, message, contents[which], state)
-    changed = state.keys() != before.keys() or any(state[k] is not before[k] for k in before)
-    new_state = lay(state, up) if changed else None
+    content = contents[which] if runner.lends else copied(contents[which])  # a stock app may write into its message
+    message = Message(content, i + 1, message_type, group_id=group)
+    reply = runner(i, message, content, state)
+    replaced = state.keys() != before.keys() or any(state[k] is not before[k] for k in before)
+    new_state = lay(state, up) if replaced or not runner.lends else None  # a stock app may write into its records
     if reply.has_error():
         return None, new_state, (reply.error.code, reply.error.reason or "")
     return lay(reply.content, up), new_state, None

@@ -62,7 +62,7 @@ def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[
         "seconds": {"wall": facts.wall, **seconds, "simulated": None},
         "failures": {
             "clients": sum(r["failures"] for r in rounds),
-            "dropped": 0,
+            "dropped": None,
             "over_budget": sum(row["over_budget"] for row in rows),
         },
         "masks": {"distinct": None, "mean_overlap": None},
@@ -96,7 +96,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
 def accuracy(rows: Sequence[Row], point: str) -> dict[str, float | None]:
     """Figures over clients: mean, weighted (by test examples), bottom_decile (mean of the ceil(K/10) lowest), p10
     (the sorted value at floor(K/10)), bottom_decile_noise (what test-set noise alone would give, see below)."""
-    evaluated = [row for row in rows if row[point] is not None]
+    evaluated = [row for row in rows if row[point] is not None and row["n_test"] > 0]
     last = set(sorted({row["round"] for row in evaluated})[-_LAST:])
     by_client: dict[int, list[float]] = {}
     tests: dict[int, int] = {}
@@ -109,20 +109,18 @@ def accuracy(rows: Sequence[Row], point: str) -> dict[str, float | None]:
     values = np.array([np.mean(by_client[i]) for i in sorted(by_client)])  # (clients,)
     n = np.array([tests[i] for i in sorted(by_client)])
     ordered = np.sort(values)
+    pooled = float((values * n).sum() / n.sum())
     return {
-        "mean": float(values.mean()),
-        "weighted": float((values * n).sum() / max(1, n.sum())),
+        "mean": pooled if point == "global" else float(values.mean()),  # one model: on the pooled test data
+        "weighted": pooled,
         "bottom_decile": float(_lowest(ordered).mean()),
         "p10": float(ordered[len(ordered) // 10]),
-        "bottom_decile_noise": noise_bottom_decile(float((values * n).sum() / max(1, n.sum())), n),
+        "bottom_decile_noise": noise_bottom_decile(pooled, n),
     }
 
 
 def noise_bottom_decile(probability: float, tests: np.ndarray[Any, Any]) -> float:
     """The expected bottom decile of clients that all are right with ``probability``: binomial in their test sizes."""
-    tests = tests[tests > 0]
-    if not len(tests):
-        return math.nan
     right = numpy_rng("noise").binomial(tests, min(1.0, max(0.0, probability)), size=(_DRAWS, len(tests)))
     return float(_lowest(np.sort(right / tests, axis=1)).mean())
 

@@ -45,6 +45,8 @@ def read_run(folder: Path) -> RunRecord:
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"the run in {str(folder)!r} cannot be read: {error}") from error
+    if not isinstance(summary, dict) or not {"method", "tiers", "accuracy", "failures"} <= summary.keys():
+        raise UserError(f"the run in {str(folder)!r} has a summary.json that is none of ours")
     return RunRecord(folder, summary, config)
 
 
