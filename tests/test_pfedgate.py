@@ -326,3 +326,26 @@ def test_a_model_that_cannot_be_cut_is_refused_before_round_one() -> None:
     task = make_task("resnet18", (3, 32, 32), 0.05)
     with pytest.raises(UserError, match=r"cannot cut layer 'layer1' .* such as mlp"):
         PFedGate().init(task, [Device(0)])
+
+
+@pytest.mark.parametrize("density", [0.3, 0.6])
+def test_what_a_batch_computes_with_is_counted_and_fits(density: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted from the tensors that each batch's network really holds, beside the gate; not from what is reported."""
+    import clients.pfedgate as half
+
+    task, sizes, forward = make_task("cnn"), [], half.gated_forward
+
+    def counting(network, *rest):  # type: ignore[no-untyped-def]
+        sizes.append(
+            sum(p.numel() for module in network.modules() for p in module._parameters.values() if p is not None)
+        )
+        return forward(network, *rest)
+
+    monkeypatch.setattr(half, "gated_forward", counting)
+    reply, memory = train(task, make_client(task, 3, density, n=40))
+    gated = gated_model(task, blocks_per_layer=6, gate_pool=4)
+    gate = sum(memory[name].numel() for name in gated.gate.trainable)
+    dense = sum(p.numel() for p in task.model.parameters())
+    assert len(sizes) > 1
+    assert max(sizes) + gate <= density * dense
+    assert reply.scalars["density_true"] == pytest.approx((max(sizes) + gate) / dense)
