@@ -41,11 +41,11 @@ CONTROLS = (
 )
 
 
-def one_run(dataset: str, settings: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]], list[float]]:
-    """Run once; the summary, its rows, and the bytes, in a folder that goes away."""
+def one_run(dataset: str, settings: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run once, in a folder that goes away: the summary and the rows of the clients."""
     with tempfile.TemporaryDirectory() as folder:
         done = run(load_experiment(HERE / f"{dataset}_personal.toml", settings), out=Path(folder) / "run")
-        return done.summary, done.clients, [line["seconds"]["wall"] for line in done.rounds]
+        return done.summary, done.clients
 
 
 def command(dataset: str, settings: Sequence[str]) -> str:
@@ -118,7 +118,7 @@ def final(dataset: str) -> None:
 
 def entry(dataset: str, method: str, seed: int, settings: Sequence[str], **extra: Any) -> dict[str, Any]:
     start = time.perf_counter()
-    summary, rows, _ = one_run(dataset, settings)
+    summary, rows = one_run(dataset, settings)
     groups = {t["density_budget"]: [r for r in rows if r["tier"] == t["density_budget"]] for t in summary["tiers"]}
     whole = figures(summary, rows)
     print(

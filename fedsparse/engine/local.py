@@ -15,7 +15,7 @@ import time
 import traceback
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -35,8 +35,6 @@ _FAILED = 1000  # error code of a client that raised, in Flower's range for appl
 _CHUNKS_PER_WORKER = 4  # enough to even out unequal clients, few enough to cost nothing
 _AHEAD = 2  # chunks a worker has at hand, so that it never waits for the next
 _SMALL = 1 << 15  # bytes; a larger list waits until its worker is idle, else both might block while sending
-
-AppOrFactory = ClientApp | Callable[[], ClientApp]
 
 
 class LocalContext(Context):
