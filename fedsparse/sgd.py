@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from fedsparse.errors import UserError
+from fedsparse.masked import network
+from fedsparse.sparse.masks import Mask
 from fedsparse.task import Params, Split, Task
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
@@ -53,11 +55,13 @@ def sgd(
     weight_decay: float = 0.0,
     clip: float = 0.0,
     proximal: float = 0.0,
+    mask: Mask | None = None,
 ) -> Fit:
     """Train a copy of ``params`` (parameters and buffers) on ``data`` with SGD.
 
     clip: largest global L2 norm of the gradient, 0 = none. proximal: FedProx's mu, which adds
-    mu * (theta - theta_received) to the gradient (Li et al. 2020, eq. 2).
+    mu * (theta - theta_received) to the gradient (Li et al. 2020, eq. 2). mask: ``params`` are compact under it, and so
+    are gradients, momentum and the result: what is not kept is neither stored nor touched.
     The arithmetic is that of ``torch.optim.SGD``, bit for bit. Raises UserError when the loss is not finite.
     """
     own = {name: t.detach().clone() for name, t in params.items()}  # packets are shared: never train in them
@@ -67,7 +71,7 @@ def sgd(
     steps = samples = 0
     total = 0.0
     task.model.train(True)
-    with task.bound(own) as model:
+    with network(task, own, mask or {}) as model:
         for batch in batches(len(data), batch_size, epochs, rng):
             loss = task.criterion(model(data.x[batch]), data.y[batch])
             grads = torch.autograd.grad(loss, leaves)
