@@ -1,7 +1,7 @@
 """Element masks as positions, and tensors that hold the kept weights only.
 
-A mask names weights: name -> (kept,) int32, the ascending flat positions of the kept weights; a tensor that is not named is
-whole. *Compact* parameters hold, under a masked name, the (kept,) values in that order: what is not kept is not stored.
+A mask names weights: name -> (kept,) int32, the ascending flat positions of the kept weights; a tensor that is not
+named is whole. *Compact* parameters hold, under a masked name, the (kept,) values in that order: what is not kept is not stored.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def check_mask(mask: Mask, shapes: Mapping[str, tuple[int, ...]]) -> None:
         size = int(np.prod(shapes[name]))
         if kept.dtype != torch.int32 or kept.ndim != 1:
             raise UserError(f"mask {name!r} must be a flat int32 tensor, got {kept.dtype} of shape {tuple(kept.shape)}")
-        if len(kept) and not (0 <= int(kept[0]) and int(kept[-1]) < size and bool((kept[1:] > kept[:-1]).all())):
+        inside = not len(kept) or (int(kept[0]) >= 0 and int(kept[-1]) < size)
+        if not (inside and bool((kept[1:] > kept[:-1]).all())):
             raise UserError(f"the positions of mask {name!r} must ascend without repeats in [0, {size})")
 
 

@@ -1,0 +1,572 @@
+"""Runs a network over kept weights only: one forward and one backward pass over its whole program.
+
+What is kept between the two passes is the output of each convolution, once. Norms and ReLUs are applied when a value is
+read; sums, pools and flattenings are computed again in the backward pass when they are first needed. Buffers are reused
+from layer to layer and from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsparse.sparse import kernels, pointwise
+from fedsparse.sparse.masks import Mask, spread
+from fedsparse.sparse.program import Norm, Op, Program, Value
+
+Array = np.ndarray[Any, Any]
+_NONE4 = np.empty((0, 0, 0, 0), np.float32)
+_NO_LINES = np.empty((3, 0, 0), np.float32)
+_NO_SUMS = np.empty((2, 0, 0))
+_NONE1 = np.empty(0, np.float32)
+
+
+class Buffers:
+    """Arrays of float32 that are handed out and taken back; one that several hold comes back with the last."""
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[Array]] = {}
+        self._holders: dict[int, int] = {}
+
+    def take(self, shape: tuple[int, ...]) -> Array:
+        size = int(np.prod(shape))
+        free = self._free.get(size)
+        array = (free.pop() if free else np.empty(size, np.float32)).reshape(shape)
+        self._holders[_address(array)] = 1
+        return array
+
+    def share(self, array: Array) -> Array:
+        self._holders[_address(array)] += 1
+        return array
+
+    def shared(self, array: Array) -> bool:
+        return self._holders[_address(array)] > 1
+
+    def give(self, array: Array) -> None:
+        at = _address(array)
+        self._holders[at] -= 1
+        if not self._holders[at]:
+            del self._holders[at]
+            self._free.setdefault(array.size, []).append(array.reshape(-1))
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A value as kernels read it: act(raw * scale + shift), raw (channels, n, h, w), the others (channels, n)."""
+
+    raw: Array
+    scale: Array
+    shift: Array
+    relu: bool
+
+    def parts(self) -> tuple[Array, Array, Array, bool]:
+        return self.raw, self.scale, self.shift, self.relu
+
+
+@dataclass
+class _Statistics:
+    """What a norm did in this pass: mean and 1 / deviation, (channels, 1) for batch norm or (channels, n); fixed: they
+    do not depend on the batch."""
+
+    mean: Array
+    inverse: Array
+    fixed: bool
+
+
+class Executor:
+    """A program with a mask and a representation for each layer; keeps buffers, no parameters.
+
+    dense: paths of the layers that are computed as masked dense ones. A layer without a mask keeps all its weights.
+    """
+
+    def __init__(self, program: Program, mask: Mask, dense: frozenset[str] = frozenset()) -> None:
+        self.program = program
+        self.mask = mask
+        self.dense = dense
+        self.buffers = Buffers()
+        self.parameters = tuple(_parameter_names(program))
+        self._geometries: dict[tuple[int, int], kernels.Geometry] = {}
+        self._positions: dict[str, Array] = {}
+
+    def logits(self, params: Mapping[str, Tensor], x: Tensor, *, train: bool) -> Tensor:
+        """Logits (n, classes) of ``x`` (n, *input_shape); gradients flow to ``params``.
+
+        train: norms use the batch and update the running statistics in ``params`` in place.
+        """
+        leaves = [params[name] for name in self.parameters]
+        if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
+            out: Tensor = _Function.apply(self, params, x, train, *leaves)
+            return out
+        with torch.no_grad():
+            run = Run(self, params, x, train=train, keep=False)
+            return run.forward()
+
+    def geometry(self, number: int, n: int) -> kernels.Geometry:
+        """The layout of the number-th operation for ``n`` examples."""
+        key = (number, n)
+        if key not in self._geometries:
+            op = self.program.ops[number]
+            source, target = self.program.values[op.sources[0]], self.program.values[op.target]
+            self._geometries[key] = kernels.geometry(
+                source.channels,
+                (source.height, source.width),
+                target.channels,
+                op.kernel,
+                stride=op.stride,
+                padding=op.padding,
+                dilation=op.dilation,
+                batch=n,
+            )
+        return self._geometries[key]
+
+    def positions(self, name: str, size: int) -> Array:
+        """The kept positions of a layer's weight, all of them where it has no mask."""
+        if name in self.mask:
+            return _array(self.mask[name])
+        if name not in self._positions:
+            self._positions[name] = np.arange(size, dtype=np.int32)
+        return self._positions[name]
+
+
+class Run:
+    """One forward pass over a batch, and the backward pass to it. With ``keep`` false values go as soon as read."""
+
+    def __init__(
+        self, executor: Executor, params: Mapping[str, Tensor], x: Tensor, *, train: bool, keep: bool = True
+    ) -> None:
+        self.executor = executor
+        self.program = executor.program
+        self.buffers = executor.buffers
+        self.params = params
+        self.train = train
+        self.keep = keep
+        self.n = len(x)
+        count = len(self.program.values)
+        self.raw: list[Array | None] = [None] * count
+        self.scales: list[tuple[Array, Array]] = [(_NONE1, _NONE1)] * count
+        self.statistics: list[_Statistics | None] = [None] * count
+        self.unread = list(self.program.uses)
+        self.maker = {op.target: number for number, op in enumerate(self.program.ops)}
+        value = self.program.values[0]
+        self.raw[0] = self.buffers.take((value.channels, self.n, value.height, value.width))
+        self.raw[0][...] = _array(x).reshape(self.n, value.channels, value.height, value.width).transpose(1, 0, 2, 3)
+        self._normalise(0, None)
+
+    # --- forward
+
+    def forward(self) -> Tensor:
+        """The logits, (n, classes)."""
+        for number, op in enumerate(self.program.ops):
+            sums = self._make(number)
+            self._normalise(op.target, sums)
+            for source in op.sources:
+                self.unread[source] -= 1
+                if not self.unread[source] and (not self.keep or self._again(source)):
+                    self._drop(source)
+        out = self._operand(self.program.output)
+        logits = np.empty((out.raw.shape[0], self.n, 1, 1), np.float32)
+        pointwise.values_of(*out.parts(), logits)
+        if not self.keep:
+            self.close()
+        return torch.from_numpy(logits.reshape(logits.shape[:2])).t().contiguous()
+
+    def _again(self, value: int) -> bool:
+        """Whether a value is computed again when the backward pass needs it."""
+        return value in self.maker and self.program.ops[self.maker[value]].kind != "conv"
+
+    def _make(self, number: int) -> Array | None:
+        """Compute a value; returns the sums for its norm where the operation gave them."""
+        op = self.program.ops[number]
+        value = self.program.values[op.target]
+        out = self.buffers.take((value.channels, self.n, value.height, value.width))
+        operands = [self._operand(source) for source in op.sources]
+        sums = None
+        if op.kind == "conv":
+            sums = self._convolve(number, op, operands[0], out)
+        elif op.kind == "add":
+            pointwise.add(*operands[0].parts(), *operands[1].parts(), out)
+        elif op.kind == "flatten":
+            pointwise.flatten(*operands[0].parts(), out)
+        else:
+            pool = pointwise.max_pool if op.kind == "max" else pointwise.mean_pool
+            pool(*operands[0].parts(), _window(op), out)
+        self.raw[op.target] = out
+        return sums
+
+    def _convolve(self, number: int, op: Op, operand: Operand, out: Array) -> Array | None:
+        weight, bias = self._weight(op)
+        if op.name in self.executor.dense:
+            y = torch.conv2d(
+                self._images(operand), self._dense_weight(op), None, op.stride, op.padding, op.dilation
+            )
+            out[...] = _array(y.transpose(0, 1))
+            if len(bias):
+                out += bias[:, None, None, None]
+            return None
+        sums = np.empty((2, *out.shape[:2])) if self._needs_sums(op.target) else _NO_SUMS
+        geometry = self.executor.geometry(number, self.n)
+        positions = self.executor.positions(f"{op.name}.weight", weight.size)
+        kernels.conv_forward(*operand.parts(), positions, weight, bias, geometry, out, sums)
+        return sums if sums.size else None
+
+    def _images(self, operand: Operand) -> Tensor:
+        """An operand as a dense layer reads it, (n, channels, h, w) in channels-last order."""
+        c, n, h, w = operand.raw.shape
+        out = np.empty((n, h, w, c), np.float32)
+        pointwise.values_of(*operand.parts(), out.transpose(3, 0, 1, 2))
+        return torch.from_numpy(out).permute(0, 3, 1, 2)
+
+    def _weight(self, op: Op) -> tuple[Array, Array]:
+        """A layer's flat (kept) weights and its bias."""
+        bias = _array(self.params[f"{op.name}.bias"]) if op.bias else _NONE1
+        return _array(self.params[f"{op.name}.weight"]).reshape(-1), bias
+
+    def _dense_weight(self, op: Op) -> Tensor:
+        """A layer's weight as a dense layer reads it, (outputs, inputs, kernel height, kernel width)."""
+        name = f"{op.name}.weight"
+        source, target = self.program.values[op.sources[0]], self.program.values[op.target]
+        shape = (target.channels, source.channels, *op.kernel)
+        weight = self.params[name].detach()
+        return spread(weight, self.executor.mask[name], shape) if name in self.executor.mask else weight.view(shape)
+
+    # --- norms
+
+    def _needs_sums(self, value: int) -> bool:
+        norm = self.program.values[value].norm
+        return norm is not None and (self.train or norm.groups > 0)
+
+    def _normalise(self, value: int, sums: Array | None) -> None:
+        """Set a value's scale and shift: what its norm does in this pass."""
+        v, raw = self.program.values[value], self.raw[value]
+        assert raw is not None
+        if v.norm is None:
+            self.scales[value] = np.ones(raw.shape[:2], np.float32), np.zeros(raw.shape[:2], np.float32)
+            return
+        if sums is None and self._needs_sums(value):
+            sums = np.empty((2, *raw.shape[:2]))
+            pointwise.moments(raw, raw, sums)
+        statistics = self._group(v, sums) if v.norm.groups else self._batch(v, sums)
+        weight, bias = self._affine(v)
+        scale = weight * statistics.inverse
+        shift = bias - statistics.mean * scale
+        whole = (v.channels, self.n)
+        self.statistics[value] = statistics
+        self.scales[value] = (
+            np.ascontiguousarray(np.broadcast_to(scale, whole), np.float32),
+            np.ascontiguousarray(np.broadcast_to(shift, whole), np.float32),
+        )
+
+    def _affine(self, v: Value) -> tuple[Array, Array]:
+        """A norm's weight and bias, (channels, 1) float64."""
+        assert v.norm is not None
+        if not v.norm.affine:
+            return np.ones((v.channels, 1)), np.zeros((v.channels, 1))
+        weight, bias = (_array(self.params[f"{v.norm.name}.{part}"]) for part in ("weight", "bias"))
+        return weight.astype(np.float64)[:, None], bias.astype(np.float64)[:, None]
+
+    def _batch(self, v: Value, sums: Array | None) -> _Statistics:
+        """Batch norm: over examples and positions, or from the running statistics."""
+        assert v.norm is not None
+        running_mean, running_var = (self.params[f"{v.norm.name}.running_{part}"] for part in ("mean", "var"))
+        if sums is None:
+            mean, var = (_array(t).astype(np.float64) for t in (running_mean, running_var))
+            return _Statistics(mean[:, None], 1 / np.sqrt(var + v.norm.eps)[:, None], fixed=True)
+        count = self.n * v.height * v.width
+        mean = sums[0].sum(1) / count
+        var = np.maximum(sums[1].sum(1) / count - mean * mean, 0)
+        for running, new in ((running_mean, mean), (running_var, var * (count / max(1, count - 1)))):
+            running.mul_(1 - v.norm.momentum).add_(torch.from_numpy(new).float(), alpha=v.norm.momentum)
+        return _Statistics(mean[:, None], 1 / np.sqrt(var + v.norm.eps)[:, None], fixed=False)
+
+    def _group(self, v: Value, sums: Array | None) -> _Statistics:
+        """Group norm: over the channels of a group and the positions, for each example."""
+        assert v.norm is not None and sums is not None
+        count = v.channels // v.norm.groups * v.height * v.width
+        first, second = (_by_group(s, v.norm.groups) / count for s in sums)
+        inverse = 1 / np.sqrt(np.maximum(second - first * first, 0) + v.norm.eps)
+        return _Statistics(first, inverse, fixed=False)
+
+    def _norm_backward(self, value: int, sums: Array, grads: dict[str, Array]) -> Array:
+        """From the sums of the gradient behind a norm (and of its products with the norm's input): the gradients of
+        the norm's parameters, and (3, channels, n) factors a, b, d with d_raw = a * grad + b * raw + d."""
+        v, s = self.program.values[value], self.statistics[value]
+        assert v.norm is not None and s is not None
+        weight, _ = self._affine(v)
+        by_bias = sums[0]  # (channels, n)
+        by_weight = s.inverse * (sums[1] - s.mean * sums[0])
+        if v.norm.affine:
+            grads[f"{v.norm.name}.weight"] = by_weight.sum(1).astype(np.float32)
+            grads[f"{v.norm.name}.bias"] = by_bias.sum(1).astype(np.float32)
+        lines = np.zeros((3, v.channels, self.n))
+        lines[0] = weight * s.inverse
+        if not s.fixed:
+            if v.norm.groups:
+                count = v.channels // v.norm.groups * v.height * v.width
+                level, slope = (_by_group(weight * part, v.norm.groups) / count for part in (by_bias, by_weight))
+            else:
+                count = self.n * v.height * v.width
+                level, slope = (weight * part.sum(1, keepdims=True) / count for part in (by_bias, by_weight))
+            lines[1] = -slope * s.inverse**2
+            lines[2] = -level * s.inverse + slope * s.inverse**2 * s.mean
+        return lines.astype(np.float32)
+
+    # --- values
+
+    def _operand(self, value: int) -> Operand:
+        """A value to read, computed again if it is gone."""
+        raw = self.raw[value]
+        if raw is None:
+            self._make(self.maker[value])
+            raw = self.raw[value]
+        assert raw is not None
+        scale, shift = self.scales[value]
+        return Operand(raw, scale, shift, self.program.values[value].relu)
+
+    def _drop(self, value: int) -> None:
+        raw = self.raw[value]
+        if raw is not None:
+            self.buffers.give(raw)
+            self.raw[value] = None
+
+    def close(self) -> None:
+        """Give all buffers back."""
+        for value in range(len(self.raw)):
+            self._drop(value)
+
+    # --- backward
+
+    def backward(self, d_logits: Tensor) -> dict[str, Array]:
+        """The gradients of all parameters, by name, from that of the logits (n, classes)."""
+        grads: dict[str, Array] = {}
+        flow = _Flow(self)
+        first = self.buffers.take((d_logits.shape[1], self.n, 1, 1))
+        first[:, :, 0, 0] = _array(d_logits.t())
+        flow.uses[self.program.output] += 1
+        flow.give(self.program.output, first)
+        for number in reversed(range(len(self.program.ops))):
+            op = self.program.ops[number]
+            self._back(number, op, flow, grads)
+            flow.drop(op.target)
+            self._drop(op.target)
+        if self.statistics[0] is not None:
+            self._norm_backward(0, flow.sums[0], grads)
+        flow.drop(0)
+        self.close()
+        return grads
+
+    def _back(self, number: int, op: Op, flow: _Flow, grads: dict[str, Array]) -> None:
+        norm = self.program.values[op.target].norm
+        lines = self._norm_backward(op.target, flow.sums[op.target], grads) if norm else _NO_LINES
+        if op.kind == "conv":
+            self._back_conv(number, op, flow, lines, grads)
+            return
+        grad = flow.after_norm(op.target, lines)
+        source = op.sources[0]
+        if op.kind == "add":
+            for one in op.sources:
+                flow.give(one, self.buffers.share(grad))
+        elif flow.wanted(source):
+            operand = self._operand(source)
+            out = self.buffers.take(operand.raw.shape)
+            if op.kind == "max":
+                pointwise.max_pool_backward(*operand.parts(), _window(op), grad, out)
+            elif op.kind == "mean":
+                pointwise.mean_pool_backward(grad, _window(op), out)
+            else:
+                pointwise.flatten_backward(grad, out)
+            flow.give(source, out)
+        self.buffers.give(grad)
+
+    def _back_conv(self, number: int, op: Op, flow: _Flow, lines: Array, grads: dict[str, Array]) -> None:
+        if op.name in self.executor.dense:
+            self._back_dense(op, flow, lines, grads)
+            return
+        weight, bias = self._weight(op)
+        source = op.sources[0]
+        operand = self._operand(source)
+        out = self._operand(op.target).raw if lines.size else _NONE4
+        d_weight, d_bias = np.empty_like(weight), np.empty_like(bias)
+        target, before, last, sums = flow.open(source)
+        kernels.conv_backward(
+            *operand.parts(),
+            self.executor.positions(f"{op.name}.weight", weight.size),
+            weight,
+            flow.grad(op.target),
+            out,
+            lines,
+            self.executor.geometry(number, self.n),
+            d_weight,
+            d_bias,
+            before,
+            target,
+            last,
+            sums,
+        )
+        flow.close(source, target, before)
+        self._note(op, d_weight, d_bias, grads)
+
+    def _back_dense(self, op: Op, flow: _Flow, lines: Array, grads: dict[str, Array]) -> None:
+        source = op.sources[0]
+        grad = flow.after_norm(op.target, lines)
+        dy = torch.from_numpy(grad).transpose(0, 1).contiguous(memory_format=torch.channels_last)
+        x, weight = self._images(self._operand(source)), self._dense_weight(op)
+        wanted = [flow.wanted(source), True, False]
+        dx, dw, _ = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, op.stride, op.padding, op.dilation, False, (0, 0), 1, wanted
+        )
+        positions = self.executor.positions(f"{op.name}.weight", weight.numel())
+        d_bias = grad.sum((1, 2, 3)) if op.bias else _NONE1
+        self._note(op, _array(dw).reshape(-1)[positions], d_bias, grads)
+        self.buffers.give(grad)
+        if flow.wanted(source):
+            out = self.buffers.take((x.shape[1], self.n, *x.shape[2:]))
+            out[...] = _array(dx.transpose(0, 1))
+            flow.give(source, out)
+
+    def _note(self, op: Op, d_weight: Array, d_bias: Array, grads: dict[str, Array]) -> None:
+        name = f"{op.name}.weight"
+        grads[name] = d_weight.reshape(self.params[name].shape)
+        if op.bias:
+            grads[f"{op.name}.bias"] = d_bias
+
+
+class _Flow:
+    """Gradients on their way back: of each value behind its norm and ReLU, until all that read it have given theirs.
+
+    The last giver applies the ReLU's derivative and takes the sums that the norm needs.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.uses = list(run.program.uses)
+        self.grads: list[Array | None] = [None] * len(self.uses)
+        self.sums: list[Array] = [_NO_SUMS] * len(self.uses)
+
+    def wanted(self, value: int) -> bool:
+        """Whether anything trains behind a value: all but the input, unless that has a norm of its own."""
+        return value > 0 or self.run.program.values[0].norm is not None
+
+    def grad(self, value: int) -> Array:
+        grad = self.grads[value]
+        assert grad is not None
+        return grad
+
+    def open(self, value: int) -> tuple[Array, Array, bool, Array]:
+        """For a kernel that gives: where to write, what was given before, whether it is the last, where sums go."""
+        if not self.wanted(value):
+            return _NONE4, _NONE4, False, _NO_SUMS
+        self.uses[value] -= 1
+        v = self.run.program.values[value]
+        last = not self.uses[value] and (v.relu or v.norm is not None)
+        shape = (v.channels, self.run.n, v.height, v.width)
+        if last:
+            self.sums[value] = np.empty((2, *shape[:2]))
+        before = self.grads[value]
+        if before is None:
+            return self.run.buffers.take(shape), _NONE4, last, self.sums[value]
+        target = self.run.buffers.take(shape) if self.run.buffers.shared(before) else before
+        return target, before, last, self.sums[value]
+
+    def close(self, value: int, target: Array, before: Array) -> None:
+        """After that kernel: ``target`` holds what was given so far."""
+        if not target.size:
+            return
+        if before.size and before is not target:
+            self.run.buffers.give(before)
+        self.grads[value] = target
+
+    def give(self, value: int, grad: Array) -> None:
+        """A gradient in an array that the caller hands over."""
+        if not self.wanted(value):
+            self.run.buffers.give(grad)
+            return
+        v, first = self.run.program.values[value], self.grads[value] is None
+        if first and self.uses[value] > 1:
+            self.uses[value] -= 1
+            self.grads[value] = grad
+            return
+        if first and not v.relu:  # nothing to change
+            self.uses[value] -= 1
+            self.grads[value] = grad
+            if v.norm is not None:
+                self.sums[value] = np.empty((2, *grad.shape[:2]))
+                pointwise.moments(grad, self.run._operand(value).raw, self.sums[value])
+            return
+        target, before, last, sums = self.open(value)
+        operand = self.run._operand(value)
+        sums = sums if sums.size else np.empty((2, *grad.shape[:2]))
+        pointwise.finish(grad, before, operand.raw, operand.scale, operand.shift, v.relu and last, target, sums)
+        self.run.buffers.give(grad)
+        self.close(value, target, before)
+
+    def after_norm(self, value: int, lines: Array) -> Array:
+        """The gradient of a value itself, before its norm; the caller gives it back."""
+        grad = self.grad(value)
+        if not lines.size:
+            return self.run.buffers.share(grad)
+        out = self.run.buffers.take(grad.shape)
+        pointwise.lines_apply(grad, self.run._operand(value).raw, lines, out)
+        return out
+
+    def drop(self, value: int) -> None:
+        grad = self.grads[value]
+        if grad is not None:
+            self.run.buffers.give(grad)
+            self.grads[value] = None
+
+
+class _Function(torch.autograd.Function):
+    """The whole network as one node of torch's graph."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, executor: Executor, params: Mapping[str, Tensor], x: Tensor, train: bool, *leaves: Tensor
+    ) -> Tensor:
+        ctx.run = Run(executor, params, x, train=train)
+        return ctx.run.forward()
+
+    @staticmethod
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        grads = ctx.run.backward(d_logits.contiguous())
+        names = ctx.run.executor.parameters
+        return (None, None, None, None, *(torch.from_numpy(grads[name]) for name in names))
+
+
+def _parameter_names(program: Program) -> list[str]:
+    names = []
+    for value in program.values:
+        if value.norm is not None and value.norm.affine:
+            names += [f"{value.norm.name}.weight", f"{value.norm.name}.bias"]
+    for op in program.ops:
+        if op.kind == "conv":
+            names += [f"{op.name}.weight", f"{op.name}.bias"] if op.bias else [f"{op.name}.weight"]
+    if len(set(names)) < len(names):
+        raise ValueError("a layer is used more than once")
+    return names
+
+
+def _by_group(values: Array, groups: int) -> Array:
+    """Sums over the channels of a group, at each of its channels: (channels, n) to (channels, n)."""
+    size = len(values) // groups
+    return np.repeat(values.reshape(groups, size, -1).sum(1), size, axis=0)
+
+
+def _window(op: Op) -> tuple[int, int, int, int, int, int]:
+    return (*op.kernel, *op.stride, *op.padding)
+
+
+def _array(tensor: Tensor) -> Array:
+    """A view of a tensor's memory."""
+    array: Array = tensor.detach().contiguous().numpy()
+    return array
+
+

@@ -1,0 +1,201 @@
+"""What lies between convolutions: sums, pools, flattening and the sums that norms need, compiled with numba.
+
+Activations are ``[channels, n, height, width]`` float32. An operand comes as ``raw, scale, shift, relu``: the value is
+``act(raw * scale + shift)`` with scale and shift of shape (channels, n), so that norms and ReLUs are never stored. Sums
+are taken in float64.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fedsparse.sparse.kernels import Array, active, kernel
+
+
+@kernel
+def moments(a: Array, b: Array, sums: Array) -> None:
+    """``sums`` (2, channels, n): for each channel and example the sums of ``a`` and of ``a * b``."""
+    for c in range(a.shape[0]):
+        for n in range(a.shape[1]):
+            s1, s2 = 0.0, 0.0
+            for i in range(a.shape[2]):
+                x, y = a[c, n, i], b[c, n, i]
+                for j in range(len(x)):
+                    v = np.float64(x[j])
+                    s1 += v
+                    s2 += v * np.float64(y[j])
+            sums[0, c, n] = s1
+            sums[1, c, n] = s2
+
+
+@kernel
+def finish(
+    z: Array, before: Array, raw: Array, scale: Array, shift: Array, relu: bool, out: Array, sums: Array
+) -> None:
+    """``out = (z + before) * relu'(raw * scale + shift)``, and the sums of ``out`` and of ``out * raw``.
+
+    before: empty for none. ``out`` may be ``z`` or ``before``.
+    """
+    for c in range(z.shape[0]):
+        for n in range(z.shape[1]):
+            s1, s2 = 0.0, 0.0
+            a, d = scale[c, n], shift[c, n]
+            for i in range(z.shape[2]):
+                g, y, to = z[c, n, i], raw[c, n, i], out[c, n, i]
+                held = before[c, n, i] if before.shape[0] else g[:0]
+                for j in range(len(g)):
+                    v = g[j]
+                    if len(held):
+                        v += held[j]
+                    if relu and not y[j] * a + d > 0:
+                        v = np.float32(0.0)
+                    to[j] = v
+                    s1 += np.float64(v)
+                    s2 += np.float64(v) * np.float64(y[j])
+            sums[0, c, n] = s1
+            sums[1, c, n] = s2
+
+
+@kernel
+def lines_apply(grad: Array, raw: Array, lines: Array, out: Array) -> None:
+    """``out = a * grad + b * raw + d`` with (a, b, d) = lines[:, c, n]: the backward pass of a norm."""
+    for c in range(grad.shape[0]):
+        for n in range(grad.shape[1]):
+            a, b, d = lines[0, c, n], lines[1, c, n], lines[2, c, n]
+            for i in range(grad.shape[2]):
+                g, y, to = grad[c, n, i], raw[c, n, i], out[c, n, i]
+                for j in range(len(g)):
+                    to[j] = a * g[j] + b * y[j] + d
+
+
+@kernel
+def add(
+    a: Array, a_scale: Array, a_shift: Array, a_relu: bool,
+    b: Array, b_scale: Array, b_shift: Array, b_relu: bool,
+    out: Array,
+) -> None:  # fmt: skip
+    """The sum of two operands."""
+    for c in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            p, q, r, s = a_scale[c, n], a_shift[c, n], b_scale[c, n], b_shift[c, n]
+            for i in range(out.shape[2]):
+                x, y, to = a[c, n, i], b[c, n, i], out[c, n, i]
+                for j in range(len(to)):
+                    to[j] = active(x[j], p, q, a_relu) + active(y[j], r, s, b_relu)
+
+
+@kernel
+def values_of(raw: Array, scale: Array, shift: Array, relu: bool, out: Array) -> None:
+    """The operand itself; ``out`` has any layout."""
+    for c in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            a, d = scale[c, n], shift[c, n]
+            for i in range(out.shape[2]):
+                x, to = raw[c, n, i], out[c, n, i]
+                for j in range(len(x)):
+                    to[j] = active(x[j], a, d, relu)
+
+
+@kernel
+def _largest(
+    raw: Array, a: float, d: float, relu: bool, top: int, left: int, kernel_h: int, kernel_w: int
+) -> tuple[float, int]:
+    """The largest value in a window, and its flat position; the first of equals, NaN before all (as torch)."""
+    best, at = np.float32(-np.inf), -1
+    for h in range(max(0, top), min(raw.shape[0], top + kernel_h)):
+        for w in range(max(0, left), min(raw.shape[1], left + kernel_w)):
+            z = active(raw[h, w], a, d, relu)
+            if at < 0 or z > best or z != z:  # noqa: PLR0124
+                best, at = z, h * raw.shape[1] + w
+    return best, at
+
+
+@kernel
+def max_pool(
+    raw: Array, scale: Array, shift: Array, relu: bool, window: tuple[int, int, int, int, int, int], out: Array
+) -> None:
+    """Window: kernel height and width, stride, padding."""
+    kh, kw, sh, sw, ph, pw = window
+    for c in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            for i in range(out.shape[2]):
+                for j in range(out.shape[3]):
+                    out[c, n, i, j], _ = _largest(
+                        raw[c, n], scale[c, n], shift[c, n], relu, i * sh - ph, j * sw - pw, kh, kw
+                    )
+
+
+@kernel
+def max_pool_backward(
+    raw: Array,
+    scale: Array,
+    shift: Array,
+    relu: bool,
+    window: tuple[int, int, int, int, int, int],
+    grad: Array,
+    out: Array,
+) -> None:
+    """``out`` gets each window's gradient at its largest value, zero elsewhere."""
+    kh, kw, sh, sw, ph, pw = window
+    out[:] = 0
+    for c in range(grad.shape[0]):
+        for n in range(grad.shape[1]):
+            for i in range(grad.shape[2]):
+                for j in range(grad.shape[3]):
+                    _, at = _largest(raw[c, n], scale[c, n], shift[c, n], relu, i * sh - ph, j * sw - pw, kh, kw)
+                    out[c, n, at // raw.shape[3], at % raw.shape[3]] += grad[c, n, i, j]
+
+
+@kernel
+def mean_pool(
+    raw: Array, scale: Array, shift: Array, relu: bool, window: tuple[int, int, int, int, int, int], out: Array
+) -> None:
+    """Without padding."""
+    kh, kw, sh, sw, _, _ = window
+    for c in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            for i in range(out.shape[2]):
+                for j in range(out.shape[3]):
+                    total = np.float32(0.0)
+                    for h in range(i * sh, i * sh + kh):
+                        for w in range(j * sw, j * sw + kw):
+                            total += active(raw[c, n, h, w], scale[c, n], shift[c, n], relu)
+                    out[c, n, i, j] = total / np.float32(kh * kw)
+
+
+@kernel
+def mean_pool_backward(grad: Array, window: tuple[int, int, int, int, int, int], out: Array) -> None:
+    """``out`` gets each window's gradient in equal parts."""
+    kh, kw, sh, sw, _, _ = window
+    out[:] = 0
+    for c in range(grad.shape[0]):
+        for n in range(grad.shape[1]):
+            for i in range(grad.shape[2]):
+                for j in range(grad.shape[3]):
+                    part = grad[c, n, i, j] / np.float32(kh * kw)
+                    for h in range(i * sh, i * sh + kh):
+                        for w in range(j * sw, j * sw + kw):
+                            out[c, n, h, w] += part
+
+
+@kernel
+def flatten(raw: Array, scale: Array, shift: Array, relu: bool, out: Array) -> None:
+    """(channels, n, h, w) to (channels * h * w, n, 1, 1)."""
+    size = raw.shape[2] * raw.shape[3]
+    for c in range(raw.shape[0]):
+        for n in range(raw.shape[1]):
+            a, d = scale[c, n], shift[c, n]
+            for i in range(raw.shape[2]):
+                for j in range(raw.shape[3]):
+                    out[c * size + i * raw.shape[3] + j, n, 0, 0] = active(raw[c, n, i, j], a, d, relu)
+
+
+@kernel
+def flatten_backward(grad: Array, out: Array) -> None:
+    """The way back."""
+    size = out.shape[2] * out.shape[3]
+    for c in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            for i in range(out.shape[2]):
+                for j in range(out.shape[3]):
+                    out[c, n, i, j] = grad[c * size + i * out.shape[3] + j, n, 0, 0]
