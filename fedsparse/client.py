@@ -18,6 +18,7 @@ from fedsparse.errors import UserError
 from fedsparse.packet import Packet, Scalar, decode, encode, run_words
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import Fit, sgd
+from fedsparse.sparse.masks import Mask
 from fedsparse.task import Client, Score, Task
 
 if TYPE_CHECKING:
@@ -80,9 +81,16 @@ class SgdClient(FederatedClient):
             raise UserError(f"momentum must be in [0, 1), got {self.momentum}")
 
     def fit(
-        self, task: Task, client: Client, params: Mapping[str, Tensor], rng: torch.Generator, *, proximal: float = 0.0
+        self,
+        task: Task,
+        client: Client,
+        params: Mapping[str, Tensor],
+        rng: torch.Generator,
+        *,
+        proximal: float = 0.0,
+        mask: Mask | None = None,
     ) -> Fit:
-        """Local training from ``params`` on the client's training data."""
+        """Local training from ``params`` (compact under ``mask``) on the client's training data."""
         return sgd(
             task,
             params,
@@ -95,6 +103,7 @@ class SgdClient(FederatedClient):
             weight_decay=self.weight_decay,
             clip=self.clip,
             proximal=proximal,
+            mask=mask,
         )
 
 

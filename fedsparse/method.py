@@ -20,6 +20,7 @@ from fedsparse.client import FederatedClient
 from fedsparse.errors import UserError, unknown
 from fedsparse.strategy import FederatedStrategy
 
+_GIVEN = ("client_spec", "client_config", "server_data")  # fields of a strategy that are no hyper-parameters
 _APPS = ("server_app", "client_app")  # files for `flwr run`, not methods
 
 
@@ -89,7 +90,7 @@ def _check_kind(method: str, name: str, value: Any, default: Any) -> None:
 
 def _defaults(cls: type[Any]) -> dict[str, Any]:
     fields = dataclasses.fields(cls)
-    return {f.name: f.default for f in fields if f.name not in ("client_spec", "client_config")}
+    return {f.name: f.default for f in fields if f.name not in _GIVEN}
 
 
 def _load(spec: str, base: type[Any], folder: str, kind: str) -> Any:

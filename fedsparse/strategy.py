@@ -23,7 +23,7 @@ from fedsparse.lent import LentRecords
 from fedsparse.packet import Packet, decode, encode, wire_bytes
 from fedsparse.seeding import sample_cohort
 from fedsparse.sparse.mean import WeightedMean
-from fedsparse.task import Device, Score, Task
+from fedsparse.task import Device, Score, Split, Task
 
 Row = dict[str, Any]
 OnRound = Callable[[dict[str, Any]], None]
@@ -31,10 +31,17 @@ OnRound = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class State:
-    """What a strategy keeps from round to round. params: parameters and buffers of the global model, or nothing."""
+    """What a strategy keeps from round to round. params: parameters and buffers of the global model, or nothing.
+
+    A method that keeps more derives its own frozen dataclass: tensors, mappings of tensors, numbers and words.
+    """
 
     params: Mapping[str, Tensor]
     stage: str = "train"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors that make up the global model (a mask too, where ``params`` are compact)."""
+        return dict(self.params)
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,10 @@ class Plan:
     on_over_budget: str = "stop"
 
     def evaluates(self, server_round: int, rounds: int) -> bool:
-        return bool(self.evaluate_every) and (server_round % self.evaluate_every == 0 or server_round == rounds)
+        """Whether a round ends with an evaluation; round 0, the preparation, never does."""
+        if not (server_round and self.evaluate_every):
+            return False
+        return server_round % self.evaluate_every == 0 or server_round == rounds
 
 
 @dataclass
@@ -102,16 +112,24 @@ class _Session:
 class FederatedStrategy(Strategy):
     """A server half: a dataclass of flat hyper-parameters. Subclasses are final and define init, broadcast, reduce.
 
+    preparation: the stages that come before round 1; each is an exchange like a round, numbered 0, without evaluation.
     client_spec: another client half than the method's own. client_config: the client half's hyper-parameters.
+    server_data: examples that the server has, None = none.
     """
 
     client: ClassVar[str]
+    preparation: ClassVar[tuple[str, ...]] = ()
     client_spec: str = field(default="", kw_only=True)
     client_config: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
+    server_data: Split | None = field(default=None, kw_only=True, repr=False, compare=False)
 
     @abstractmethod
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         """The state before round 1. Raises UserError for budgets that the method cannot meet."""
+
+    def scheduled(self, state: State, rounds: int) -> State:
+        """The initial state once the number of rounds is known. Raises UserError for a schedule that does not fit."""
+        return state
 
     @abstractmethod
     def broadcast(self, state: State, device: Device) -> Packet:
@@ -152,11 +170,12 @@ class FederatedStrategy(Strategy):
         result = Result()
         for report in self.rounds(grid, num_rounds, timeout, initial_arrays, task=task, devices=devices, plan=plan):
             server_round = report["round"]
-            result.train_metrics_clientapp[server_round] = MetricRecord({"loss": report["loss"] or 0.0})
+            if server_round:
+                result.train_metrics_clientapp[server_round] = MetricRecord({"loss": report["loss"] or 0.0})
             if report["accuracy"]:
                 known = {name: value for name, value in report["accuracy"].items() if value is not None}
                 result.evaluate_metrics_clientapp[server_round] = MetricRecord(known)
-            if evaluate_fn and (central := evaluate_fn(server_round, self._arrays())) is not None:
+            if evaluate_fn and server_round and (central := evaluate_fn(server_round, self._arrays())) is not None:
                 result.evaluate_metrics_serverapp[server_round] = central
             if on_round:
                 on_round(report)
@@ -174,8 +193,13 @@ class FederatedStrategy(Strategy):
         devices: Sequence[Device] = (),
         plan: Plan | None = None,
     ) -> Iterator[dict[str, Any]]:
-        """The loop of ``start`` as a generator: one report a round, so that the caller decides when to go on."""
+        """The loop of ``start`` as a generator: one report a round, so that the caller decides when to go on.
+
+        The exchanges of the ``preparation`` come first; they all have round number 0, and so the same cohort.
+        """
         self._session = self._open(grid, timeout, task, devices, plan or Plan(), num_rounds, initial_arrays)
+        while self.state.stage in self.preparation:
+            yield self._round(0, grid, timeout)
         for server_round in range(1, num_rounds + 1):
             yield self._round(server_round, grid, timeout)
 
@@ -205,6 +229,7 @@ class FederatedStrategy(Strategy):
         state = self.init(task, list(known.values()))
         if initial is not None and len(initial):
             state = replace(state, params=_unflatten(initial, state.params))
+        state = self.scheduled(state, rounds)
         return _Session(task, plan, rounds, known, nodes, state, self.client_config)
 
     def _arrays(self) -> ArrayRecord:
@@ -213,6 +238,7 @@ class FederatedStrategy(Strategy):
 
     def _round(self, server_round: int, grid: Grid, timeout: float) -> dict[str, Any]:
         session, start = self._session, time.perf_counter()
+        stage = session.state.stage
         session.rows, session.failures, session.evaluation_bytes, session.errors = {}, 0, 0, []
         messages = list(self.configure_train(server_round, ArrayRecord(), ConfigRecord(), grid))
         sent = time.perf_counter()
@@ -234,7 +260,7 @@ class FederatedStrategy(Strategy):
             "idle": max(0.0, workers * waited - busy),
             "wall": end - start,
         }
-        return _report(session, server_round, trained_rows, seconds)
+        return _report(session, server_round, stage, trained_rows, seconds)
 
     # --- Flower's four steps -------------------------------------------------------------------------------------
 
@@ -347,7 +373,7 @@ class FederatedStrategy(Strategy):
         s = self._session
         for i, row in s.rows.items():
             if row["bytes_up"] is None and not row["failed"]:
-                lost = ClientError(f"client {i}, round {server_round}, stage {s.state.stage}: no reply came")
+                lost = ClientError(f"client {i}, round {server_round}, stage {row['stage']}: no reply came")
                 self._fail(s.devices[i], lost, training=True)
 
     def _check_budget(self, server_round: int, device: Device, row: Row) -> None:
@@ -508,6 +534,7 @@ def _new_row(session: _Session, server_round: int, device: Device, bytes_down: i
     return (
         {
             "round": server_round,
+            "stage": session.state.stage,
             "client": device.id,
             "tier": device.budget.density,
             "bytes_down": bytes_down,
@@ -548,7 +575,9 @@ def _accuracy(score: Score) -> float:
     return score.correct / max(1, score.n)
 
 
-def _report(session: _Session, server_round: int, trained: list[Row], seconds: dict[str, float]) -> dict[str, Any]:
+def _report(
+    session: _Session, server_round: int, stage: str, trained: list[Row], seconds: dict[str, float]
+) -> dict[str, Any]:
     """One line of ``rounds.jsonl``, and the clients' rows under ``rows``."""
     ok = [row for row in trained if not row["failed"]]
     losses = [row["loss"] for row in ok if row["loss"] is not None]
@@ -556,6 +585,7 @@ def _report(session: _Session, server_round: int, trained: list[Row], seconds: d
     return {
         "round": server_round,
         "rounds": session.rounds,
+        "stage": stage,
         "seconds": seconds,
         "bytes": {
             "up": sum(row["bytes_up"] for row in ok),

@@ -48,7 +48,7 @@ class LiveProgress:
     def _left(self, row: dict[str, Any]) -> float:
         """Seconds left, from the mean of the rounds so far; the first, with its warm-up, counts only at first."""
         now, done, total = time.monotonic(), int(row["round"]), int(row["rounds"])
-        if not self._first:
+        if done and not self._first:
             self._first = now
         mean = (now - self._first) / (done - 1) if done > 1 else now - self._began
         return mean * (total - done)

@@ -41,8 +41,13 @@ class Facts:
 
 
 def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
-    """The content of ``summary.json`` (the stable names of the documentation, and ``tiers``)."""
+    """The content of ``summary.json`` (the stable names of the documentation, and ``tiers``).
+
+    Totals include the exchanges before round 1; figures per client and round do not.
+    """
     named = {k: v for k, v in asdict(facts).items() if k not in ("wall", "dense_bytes", "dense_flops", "dense_memory")}
+    named["rounds"] = sum(1 for r in rounds if r["round"])  # without the preparation
+    before = [r for r in rounds if not r["round"]]
     tiers = sorted({row["tier"] for row in rows}, key=lambda t: math.inf if t is None else t, reverse=True)
     whole = _figures(rows)
     seconds = {key: sum(r["seconds"][key] for r in rounds) for key in ("train", "encode", "reduce", "evaluate", "idle")}
@@ -55,9 +60,15 @@ def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[
             "up_total": sum(r["bytes"]["up"] for r in rounds),
             "down_total": sum(r["bytes"]["down"] for r in rounds),
             "evaluation_total": sum(r["bytes"]["evaluation"] for r in rounds),
+            "preparation_total": sum(r["bytes"]["up"] + r["bytes"]["down"] for r in before),
             "dense_per_client_round": facts.dense_bytes,
         },
-        "flops": {**whole["flops"], "dense_train_per_client_round": facts.dense_flops},
+        "flops": {
+            **whole["flops"],
+            "dense_train_per_client_round": facts.dense_flops,
+            "total": sum(r["flops"] for r in rounds),
+            "preparation_total": sum(r["flops"] for r in before),
+        },
         "memory": {"peak_model_bytes": _most(rows, "memory"), "dense_peak_model_bytes": facts.dense_memory},
         "seconds": {"wall": facts.wall, **seconds, "simulated": None},
         "failures": {
@@ -71,7 +82,7 @@ def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[
 
 
 def _figures(rows: Sequence[Row]) -> dict[str, Any]:
-    trained = [row for row in rows if row["bytes_up"] is not None]
+    trained = [row for row in rows if row["bytes_up"] is not None and row["round"]]  # round 0 prepares
     macs = _mean(row["forward_macs"] for row in trained)
     return {
         "clients": len({row["client"] for row in rows}),

@@ -1,0 +1,208 @@
+"""One element mask for all clients: what methods with a global mask share, on the server and on the clients.
+
+Both sides hold *compact* parameters (:mod:`fedsparse.sparse.masks`). Packets carry their values alone as long as the
+client holds the mask's version; else the mask goes along, as packed positions. Clients keep the mask in their memory;
+the server's state says which version each of them holds, so that any participation is right. A layer of which all
+weights are kept is in no mask: it is a plain dense layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fedsparse import cost
+from fedsparse.client import Memory
+from fedsparse.errors import UserError, unknown
+from fedsparse.packet import Packet, Scalar
+from fedsparse.sparse.masks import Mask
+from fedsparse.sparse.positions import pack_positions, unpack_positions
+from fedsparse.sparse.pruning import DENSITY_KINDS, LAYER_DENSITIES, Counts, layer_counts, weight_budget
+from fedsparse.task import Device, Params, Task
+
+_MASK = "mask/"  # before the names of masked weights, in packets and memories
+_VERSION = "version"
+
+
+# --- what may be pruned ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Prunable:
+    """A task's model as pruning sees it.
+
+    layers: all, as the cost model sees them. weights: name of each weight that may be pruned -> its layer, from input
+    to output. dense: trainable scalars that are never pruned. total: trainable scalars of the dense reference model.
+    """
+
+    layers: tuple[cost.Layer, ...]
+    weights: Mapping[str, cost.Layer]
+    dense: int
+    total: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Weights of each layer that may be pruned."""
+        return {name: layer.weights for name, layer in self.weights.items()}
+
+    def cut(self, mask: Mask) -> cost.Cut:
+        """The mask as the cost model takes it."""
+        return {self.weights[n].name: (len(kept) / self.weights[n].weights, 1.0) for n, kept in mask.items()}
+
+
+@lru_cache(maxsize=8)
+def prunable(task: Task) -> Prunable:
+    """What may be pruned: convolutions and linear layers but the first convolution and the last linear layer."""
+    layers = cost.trace(task.model, task.input_shape, tokens=task.tokens)
+    exempt = cost.exempt_layers(layers)
+    weights = {x.weight_name: x for x in layers if x.kind in ("conv", "linear") and x.weights and x.name not in exempt}
+    pruned = sum(layer.weights for layer in weights.values())
+    dense = cost.trainable_count(layers) - pruned
+    reference = cost.trace(task.reference, task.input_shape, tokens=task.tokens)
+    return Prunable(layers, weights, dense, cost.trainable_count(reference))
+
+
+def check_densities(density: float, kind: str, family: str) -> None:
+    """Raise UserError for a density outside (0, 1], and for names that are not known."""
+    if not 0 < density <= 1:
+        raise UserError(f"density must be in (0, 1], got {density}")
+    if kind not in DENSITY_KINDS:
+        raise unknown("density_kind", kind, DENSITY_KINDS)
+    if family not in LAYER_DENSITIES:
+        raise unknown("layer_densities", family, LAYER_DENSITIES)
+
+
+def kept_counts(task: Task, density: float, kind: str, family: str) -> Counts:
+    """Kept weights of each layer that may be pruned, at a "nominal" or "true" density shared out by a family.
+
+    Raises UserError for a density that is not possible, and for a model without such layers (but at density 1).
+    """
+    model = prunable(task)
+    budget = weight_budget(density, model.sizes, kind=kind, dense=model.dense, total=model.total)
+    if not model.weights:
+        if density == 1:
+            return {}
+        raise UserError("the model has nothing to prune: its first convolution and last linear layer stay dense")
+    return layer_counts({name: task.shapes[name] for name in model.weights}, family, budget)
+
+
+def without_full(mask: Mask, task: Task) -> dict[str, Tensor]:
+    """The mask without the layers of which every weight is kept."""
+    sizes = prunable(task).sizes
+    return {name: kept for name, kept in mask.items() if len(kept) < sizes[name]}
+
+
+# --- the server's half -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SharedMask:
+    """The global mask and who holds it.
+
+    mask: without full layers. packed: the same as it travels. version: grows with every change; 0 = nothing is masked.
+    held: (largest device id + 1,) int32, the version that each device holds, 0 = none.
+    """
+
+    mask: Mask
+    packed: Mapping[str, Tensor]
+    version: int
+    held: Tensor
+
+    @staticmethod
+    def first(mask: Mask, task: Task, devices: Sequence[Device]) -> SharedMask:
+        """A mask that no device holds yet."""
+        held = torch.zeros(max((d.id for d in devices), default=-1) + 1, dtype=torch.int32)
+        return SharedMask({}, {}, 0, held).changed_to(mask, task)
+
+    def changed_to(self, mask: Mask, task: Task) -> SharedMask:
+        """A new version of the mask, which no device holds."""
+        mask = without_full(mask, task)
+        sizes = prunable(task).sizes
+        packed = {_MASK + name: pack_positions(kept, sizes[name]) for name, kept in mask.items()}
+        return replace(self, mask=mask, packed=packed, version=self.version + 1 if mask else 0)
+
+    def held_by(self, ids: Iterable[int]) -> SharedMask:
+        """The same after these devices took part, so that they hold this version."""
+        held = self.held.clone()
+        held[list(ids)] = self.version
+        return replace(self, held=held)
+
+    def holds(self, device: Device) -> bool:
+        """Whether a device holds this version."""
+        return int(self.held[device.id]) == self.version
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The positions under the names that they have in memories."""
+        return {_MASK + name: kept for name, kept in self.mask.items()}
+
+
+def masked_packet(
+    kind: str, params: Mapping[str, Tensor], shared: SharedMask, device: Device, **extra: Tensor
+) -> Packet:
+    """Compact values, the mask only for a device that does not hold it, and a method's own tensors."""
+    mask = {} if shared.holds(device) else shared.packed
+    return Packet(kind, {**params, **mask, **extra}, {_VERSION: shared.version})
+
+
+# --- the client's half -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Received:
+    """What a packet and the client's memory give together: compact parameters, their mask, and the new memory."""
+
+    params: Params
+    mask: Mask
+    memory: Memory
+
+
+def receive(task: Task, packet: Packet, memory: Memory) -> Received:
+    """Unpack a packet of ``masked_packet``, or the client's own reply to one.
+
+    Raises UserError if it builds on a version of the mask that the client does not hold.
+    """
+    params = {name: packet.tensors[name] for name in task.shapes}
+    sent = {name.removeprefix(_MASK): t for name, t in packet.tensors.items() if name.startswith(_MASK)}
+    version = int(packet.scalars.get(_VERSION, -1))  # a reply of the client's own has none
+    if sent:
+        sizes = prunable(task).sizes
+        mask = {name: unpack_positions(packed, sizes[name], len(params[name])) for name, packed in sent.items()}
+        return Received(params, mask, remember(mask, version))
+    held = int(memory[_VERSION]) if _VERSION in memory else 0
+    if version not in (-1, held):
+        raise UserError(f"the packet builds on version {version} of the mask, this client holds {held or 'none'}")
+    return Received(params, recall(memory), memory)
+
+
+def remember(mask: Mask, version: int) -> Memory:
+    """A mask and its version as a client's memory."""
+    return {_VERSION: torch.tensor([version]), **{_MASK + name: kept for name, kept in mask.items()}}
+
+
+def recall(memory: Memory) -> dict[str, Tensor]:
+    """The mask in a client's memory; {} if there is none."""
+    return {name.removeprefix(_MASK): t for name, t in memory.items() if name.startswith(_MASK)}
+
+
+def masked_costs(
+    task: Task, mask: Mask, *, samples: int, batch: int, momentum: bool, decision: int = 0
+) -> dict[str, Scalar]:
+    """The scalars of a reply that training under a mask costs: densities, flops, multiply-adds, memory.
+
+    samples: seen in training. batch: the largest. decision: bytes of buffers for choosing masks.
+    """
+    model = prunable(task)
+    cut = model.cut(mask)
+    memory = cost.memory_bytes(model.layers, batch, cut, optimizer_copies=int(momentum), decision=decision)
+    nominal = cost.nominal_density(model.layers, cut)
+    return {
+        "density_true": cost.kept_count(model.layers, cut) / model.total,
+        **({} if nominal is None else {"density_nominal": nominal}),
+        "flops": cost.train_flops(model.layers, samples, cut),
+        "forward_macs": cost.forward_macs(model.layers, cut),
+        "memory": memory.total,
+    }
