@@ -214,6 +214,28 @@ def train_flops(layers: Sequence[Layer], samples: float, cut: Cut | None = None,
     return 2 * samples * total
 
 
+def search_flops(
+    layers: Sequence[Layer],
+    samples: float,
+    searched: Collection[str],
+    cut: Cut | None = None,
+    convention: str = "exact",
+) -> float:
+    """Flops, beyond training's, of looking for the largest gradients of pruned weights in the layers ``searched``.
+
+    ``exact``: an extra batch of ``samples`` examples: forward, input gradients of all layers, dense weight gradients of
+    the searched ones. ``paper``: a batch that is trained anyway, so only what the dense weight gradients add to the
+    kept ones (with it the savings of FedTiny's abstract, arXiv 2212.01977, come out for a search of all layers).
+    """
+    if convention not in CONVENTIONS:
+        raise unknown("cost convention", convention, CONVENTIONS)
+    cut = _checked(layers, cut)
+    found = [layer for layer in layers if layer.name in searched]
+    if convention == "paper":
+        return 2 * samples * sum(layer.macs * (1 - cut.get(layer.name, _DENSE)[0]) for layer in found)
+    return 2 * samples * (2 * forward_macs(layers, cut) + sum(layer.macs for layer in found))
+
+
 # ------------------------------------------------------------------------------------------ counts and densities
 
 

@@ -21,7 +21,7 @@ from fedsparse.errors import UserError, unknown
 from fedsparse.packet import Packet, Scalar
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.positions import pack_positions, unpack_positions
-from fedsparse.sparse.pruning import DENSITY_KINDS, LAYER_DENSITIES, Counts, layer_counts, weight_budget
+from fedsparse.sparse.pruning import DENSITY_KINDS, LAYER_DENSITIES, Counts, largest, layer_counts, weight_budget
 from fedsparse.task import Device, Params, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
@@ -88,6 +88,21 @@ def kept_counts(task: Task, density: float, kind: str, family: str) -> Counts:
             return {}
         raise UserError("the model has nothing to prune: its first convolution and last linear layer stay dense")
     return layer_counts({name: task.shapes[name] for name in model.weights}, family, budget)
+
+
+def strongest(task: Task, params: Mapping[str, Tensor], mask: Mask, counts: Mapping[str, int]) -> tuple[Params, Mask]:
+    """The compact model that keeps of each layer the ``counts`` weights of largest magnitude (ties: lowest position).
+
+    Of a model that holds the union of several such, it gives each of them exactly: they are nested in each layer.
+    """
+    sizes = prunable(task).sizes
+    values, kept = dict(params), dict(mask)
+    for name, k in counts.items():
+        if k < sizes[name]:
+            at = largest(params[name], k)
+            values[name] = params[name].reshape(-1)[at.long()]
+            kept[name] = mask[name][at.long()] if name in mask else at
+    return values, kept
 
 
 def without_full(mask: Mask, task: Task) -> dict[str, Tensor]:
@@ -168,6 +183,8 @@ def receive(task: Task, packet: Packet, memory: Memory) -> Received:
     params = {name: packet.tensors[name] for name in task.shapes}
     sent = {name.removeprefix(_MASK): t for name, t in packet.tensors.items() if name.startswith(_MASK)}
     version = int(packet.scalars.get(_VERSION, -1))  # a reply of the client's own has none
+    if not version:  # nothing is masked
+        return Received(params, {}, {})
     if sent:
         sizes = prunable(task).sizes
         mask = {name: unpack_positions(packed, sizes[name], len(params[name])) for name, packed in sent.items()}

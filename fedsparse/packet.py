@@ -134,7 +134,7 @@ def wire_bytes(records: RecordDict) -> int:
 def put_floats(packet: Packet, buffer: memoryview) -> None:
     """Write all float32 tensors of the packet, one after the other, into a buffer of 4 bytes a value."""
     floats = [t.detach().reshape(-1) for t in packet.tensors.values() if t.dtype == torch.float32]
-    if floats:
+    if len(buffer):  # tensors may be empty
         torch.cat(floats, out=torch.frombuffer(buffer, dtype=torch.float32))
 
 

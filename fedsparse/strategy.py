@@ -127,7 +127,7 @@ class FederatedStrategy(Strategy):
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         """The state before round 1. Raises UserError for budgets that the method cannot meet."""
 
-    def scheduled(self, state: State, rounds: int) -> State:
+    def scheduled(self, task: Task, state: State, rounds: int) -> State:
         """The initial state once the number of rounds is known. Raises UserError for a schedule that does not fit."""
         return state
 
@@ -229,7 +229,7 @@ class FederatedStrategy(Strategy):
         state = self.init(task, list(known.values()))
         if initial is not None and len(initial):
             state = replace(state, params=_unflatten(initial, state.params))
-        state = self.scheduled(state, rounds)
+        state = self.scheduled(task, state, rounds)
         return _Session(task, plan, rounds, known, nodes, state, self.client_config)
 
     def _arrays(self) -> ArrayRecord:

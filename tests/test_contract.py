@@ -31,9 +31,7 @@ def halves(name: str, **hyper: Any) -> tuple[FederatedStrategy, FederatedClient]
     return strategy, method.client(**strategy.client_config)
 
 
-def first_exchange(
-    name: str, task: Task, budget: float | None = None
-) -> tuple[Packet, Packet, dict[str, Tensor], Any]:
+def first_exchange(name: str, task: Task, budget: float | None = None) -> tuple[Packet, Packet, dict[str, Tensor], Any]:
     """A client's first download, reply and memory."""
     client = small_clients(3, budget)[2]
     strategy, half = halves(name, batch_size=8)
@@ -56,7 +54,7 @@ def run_method(
 
 
 def test_all_methods_of_this_version_are_discovered() -> None:
-    assert {"local", "fedavg", "fedavg_ft", "fedprox", "pfedgate", "fixed_mask"} <= set(METHODS)
+    assert {"local", "fedavg", "fedavg_ft", "fedprox", "pfedgate", "fixed_mask", "fedtiny"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -114,8 +114,8 @@ def test_random_positions_are_distinct_and_fixed_by_their_path() -> None:
 def test_candidates_are_within_two_percent(family: str, hard: bool) -> None:
     sizes = sizes_of(RESNET)
     counts = layer_counts(RESNET, family, round(0.01 * sum(sizes.values())))
-    pool = coarse_pool(counts, sizes, family, 10, numpy_rng(0), hard=hard)  # (10, 5)
     target = sum(counts.values())
+    pool = coarse_pool(counts, sizes, family, 10, numpy_rng(0), target=target, hard=hard)  # (10, 5)
     off = pool.sum(1) / target - 1
     assert pool.shape == (10, 5) and (np.abs(off) < 0.02).all() and (not hard or (off <= 0).all())
     assert (pool >= 1).all() and (pool <= np.array(list(sizes.values()))).all()
@@ -126,15 +126,18 @@ def test_candidates_are_within_two_percent(family: str, hard: bool) -> None:
 
 
 def test_candidates_of_a_dense_model_are_dense() -> None:
-    assert coarse_pool({"a": 9, "b": 4}, {"a": 9, "b": 4}, "erk", 2, numpy_rng(0)).tolist() == [[9, 4], [9, 4]]
+    assert coarse_pool({"a": 9, "b": 4}, {"a": 9, "b": 4}, "erk", 2, numpy_rng(0), target=13).tolist() == [
+        [9, 4],
+        [9, 4],
+    ]
 
 
 def test_bad_pools_are_refused() -> None:
     with pytest.raises(UserError, match="pool must be at least 1, got 0"):
-        coarse_pool({"a": 9}, {"a": 90}, "uniform", 0, numpy_rng(0))
+        coarse_pool({"a": 9}, {"a": 90}, "uniform", 0, numpy_rng(0), target=9)
     counts = dict.fromkeys((f"layer{i}" for i in range(80)), 99)
     with pytest.raises(UserError, match=r"no 3 candidates within 2 % of 7920 .*; lower pool"):
-        coarse_pool(counts, dict.fromkeys(counts, 100), "erk", 3, numpy_rng(0))
+        coarse_pool(counts, dict.fromkeys(counts, 100), "erk", 3, numpy_rng(0), target=7920)
 
 
 def resnet_names() -> list[str]:

@@ -124,21 +124,22 @@ def coarse_pool(
     pool: int,
     rng: np.random.Generator,
     *,
+    target: float,
     dense: int = 0,
     hard: bool = False,
 ) -> NDArray[np.int64]:
     """Kept weights of each layer in each candidate, (pool, layers): ``counts`` times noise, redrawn until it fits.
 
     The noise factor of a layer is 1 + U(-0.5, 0.5) for the family "uniform", 1 + U(-1, 1) for "er" and "erk". A
-    candidate fits if its density differs by less than 2 % from that of ``counts`` (to which ``dense`` unpruned scalars
-    belong); with ``hard`` it must not exceed it either. Raises UserError if that does not happen.
+    candidate fits if its density differs by less than 2 % from that of ``target`` kept weights and ``dense`` unpruned
+    scalars; with ``hard`` it must not exceed it either. Raises UserError if that does not happen.
     """
     if pool < 1:
         raise UserError(f"pool must be at least 1, got {pool}")
     base, most = np.array(list(counts.values())), np.array([sizes[name] for name in counts])
     if (base == most).all():
         return np.tile(base, (pool, 1))
-    target, slack = base.sum(), _TOLERANCE * (base.sum() + dense)
+    slack = _TOLERANCE * (target + dense)
     found: list[NDArray[np.int64]] = []
     for _ in range(_DRAWS // _BLOCK):
         factor = 1 + rng.uniform(-_NOISE[family], _NOISE[family], (_BLOCK, len(base)))
@@ -148,7 +149,7 @@ def coarse_pool(
         if len(found) >= pool:
             return np.stack(found[:pool])
     raise UserError(
-        f"no {pool} candidates within 2 % of {target} kept weights in {_DRAWS} draws; lower pool (1 = no noise)"
+        f"no {pool} candidates within 2 % of {target:.0f} kept weights in {_DRAWS} draws; lower pool (1 = no noise)"
     )
 
 

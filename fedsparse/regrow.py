@@ -1,0 +1,92 @@
+"""The largest gradients of pruned weights: their form in a reply, its check, their mean, and the exchange of weights.
+
+Source: FedTiny (Huang et al., ICDCS 2023, arXiv 2212.01977), progressive pruning. The mean is over the clients of the
+round with their weights; what a client did not send counts as 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedsparse.errors import UserError
+from fedsparse.packet import Packet
+from fedsparse.sparse.masks import Mask
+from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
+from fedsparse.sparse.pruning import Counts, prune_and_grow
+from fedsparse.task import Params
+
+_TOP, _AT = "top/", "at/"  # before a weight's name: values and packed positions
+
+
+def gradient_tensors(found: Mapping[str, tuple[Tensor, Tensor]], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The tensors of a reply that carry name -> ((a,) int32 ascending positions, (a,) float32 gradients)."""
+    out: dict[str, Tensor] = {}
+    for name, (positions, values) in found.items():
+        out |= {_TOP + name: values, _AT + name: pack_positions(positions, sizes[name])}
+    return out
+
+
+def gradient_form(counts: Mapping[str, int], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and types that ``counts`` gradients of each weight have in a reply."""
+    out: dict[str, Tensor] = {}
+    for name, a in counts.items():
+        out |= {_TOP + name: torch.empty(a), _AT + name: torch.empty(packed_bytes(sizes[name], a), dtype=torch.uint8)}
+    return out
+
+
+def gradient_complaint(reply: Packet, counts: Mapping[str, int], sizes: Mapping[str, int], mask: Mask) -> str:
+    """What is wrong with the positions in a reply of the right form, or "": repeats, outside, or kept weights."""
+    for name, a in counts.items():
+        try:
+            positions = unpack_positions(reply.tensors[_AT + name], sizes[name], a)
+        except UserError as error:
+            return f"gradients of {name!r}: {error}"
+        if bool(torch.isin(positions, mask[name]).any()):
+            return f"gradients of {name!r}: a position is that of a kept weight"
+    return ""
+
+
+class GradientMean:
+    """sum n * g / sum n over the replies, in float64 and in the order in which they come."""
+
+    def __init__(self, counts: Mapping[str, int], sizes: Mapping[str, int]) -> None:
+        self._counts = dict(counts)
+        self._sizes = {name: sizes[name] for name in counts}
+        self._sums = {name: torch.zeros(sizes[name], dtype=torch.float64) for name in counts}
+        self._weight = 0.0
+
+    def add(self, reply: Packet, n: float) -> None:
+        """Count a reply with weight ``n``; keeps no view of it."""
+        self._weight += n
+        for name, a in self._counts.items():
+            at = unpack_positions(reply.tensors[_AT + name], self._sizes[name], a).long()
+            self._sums[name][at] += n * reply.tensors[_TOP + name].double()
+
+    def result(self, name: str) -> tuple[Tensor, Tensor]:
+        """(n,) int32 ascending positions and (n,) float64 mean gradients that are not 0."""
+        at = torch.nonzero(self._sums[name]).view(-1)
+        return at.int(), self._sums[name][at] / self._weight
+
+
+def exchanged(
+    params: Mapping[str, Tensor], mask: Mask, mean: GradientMean, counts: Mapping[str, int]
+) -> tuple[Params, dict[str, Tensor]]:
+    """Compact parameters and mask after up to ``counts`` weights of each layer have changed places, new ones at 0."""
+    new_params, new_mask = dict(params), dict(mask)
+    for name, a in counts.items():
+        new_params[name], new_mask[name] = prune_and_grow(params[name], mask[name], *mean.result(name), a)
+    return new_params, new_mask
+
+
+def named_counts(row: Tensor, names: Mapping[str, object]) -> Counts:
+    """Weight name -> count from a (layers,) tensor, without zeros."""
+    return {name: k for name, k in zip(names, row.tolist(), strict=True) if k}
+
+
+def counts_row(counts: Mapping[str, int], names: Mapping[str, object]) -> Tensor:
+    """(layers,) int32: the counts in the order of ``names``, 0 where there is none."""
+    return torch.from_numpy(np.array([counts.get(name, 0) for name in names], dtype=np.int32))

@@ -1,0 +1,297 @@
+"""FedTiny: one extremely sparse model, found by the devices together.
+
+Source: Huang, Zhang, Sun, Fang, Yuan, Wu, "Distributed Pruning Towards Tiny Neural Networks in Federated Learning",
+ICDCS 2023, arXiv 2212.01977; its first author's code (Little0o0/FedML, branch fedlottery, 4d03aff).
+Coarse pruning gives candidates; "adaptive batch-norm selection" picks one in two exchanges before round 1, the stages
+"calibrate" and "probe"; then FedAvg on it, with "progressive pruning" of a group of layers every few rounds.
+Differs from that code: server data come from the training set; statistics are really averaged over the devices;
+groups take turns by the number of changes so far; the schedule advances with the rounds; as many weights grow as are
+pruned; gradients are averaged with the devices' shares of the data; first convolution and classifier stay dense.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, lowest_loss, union_mask
+from fedsparse.client import check_positive
+from fedsparse.errors import UserError, unknown
+from fedsparse.globalmask import SharedMask, check_densities, kept_counts, masked_packet, prunable
+from fedsparse.models.norms import read_statistics, with_statistics
+from fedsparse.packet import Packet
+from fedsparse.regrow import (
+    GradientMean,
+    counts_row,
+    exchanged,
+    gradient_complaint,
+    gradient_form,
+    named_counts,
+)
+from fedsparse.seeding import numpy_rng, torch_rng
+from fedsparse.sgd import sgd
+from fedsparse.sparse.masks import compact
+from fedsparse.sparse.mean import WeightedMean
+from fedsparse.sparse.pruning import (
+    GRANULARITIES,
+    ORDERS,
+    coarse_pool,
+    exchange_count,
+    exchange_share,
+    layer_groups,
+)
+from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
+from fedsparse.task import Device, Params, Task
+
+SELECTIONS = ("adaptive", "vanilla")
+SOURCES = ("none", "holdout", "public")
+_SGD = ("lr", "batch_size", "momentum", "weight_decay", "clip")  # of the client half, for the server's own training
+_log = logging.getLogger("fedsparse")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedTinyState(State):
+    """``params`` are compact under ``shared.mask``; during the selection these are the union of all candidates.
+
+    counts: (C, layers) int32, the candidates; statistics: (C, 2, channels) float32, empty before they are known;
+    informed: (devices,) bool, who holds the candidates. round: rounds done; adjustments: changes of the mask so far;
+    delta_r, r_stop: the schedule in rounds; grow: (layers,) int32, the gradients asked for in the next round.
+    """
+
+    shared: SharedMask
+    counts: Tensor
+    statistics: Tensor
+    informed: Tensor
+    grow: Tensor
+    round: int = 0
+    adjustments: int = 0
+    delta_r: int = 0
+    r_stop: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.params, **self.shared.tensors()}
+
+
+@dataclass
+class FedTiny(FederatedStrategy):
+    """One global sparse model: candidates, their selection, FedAvg with progressive pruning.
+
+    density, density_kind, layer_densities: as for a fixed mask. pool: candidates; 1 = the layer densities as they are,
+    without noise and selection. selection: "adaptive" (statistics first) or "vanilla" (with those of the server).
+    variance: of the statistics, "mean" or "total" (:class:`StatisticsMean`). pretrain: "none" or "holdout" (on
+    ``server_data``, for ``pretrain_epochs``). progressive: change the mask while training; granularity and order:
+    which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r: rounds between changes,
+    r_stop: the round before which they end; 0 = a thirtieth and a third of all rounds.
+    """
+
+    client: ClassVar[str] = "fedtiny"
+    preparation: ClassVar[tuple[str, ...]] = ("calibrate", "probe")
+    density: float = 0.1
+    density_kind: str = "nominal"
+    layer_densities: str = "uniform"
+    pool: int = 10
+    selection: str = "adaptive"
+    variance: str = "mean"
+    pretrain: str = "none"
+    pretrain_epochs: int = 3
+    progressive: bool = True
+    granularity: str = "block"
+    order: str = "backward"
+    alpha: float = 0.3
+    delta_r: int = 0
+    r_stop: int = 0
+
+    def __post_init__(self) -> None:
+        check_densities(self.density, self.density_kind, self.layer_densities)
+        check_positive(pool=self.pool, pretrain_epochs=self.pretrain_epochs)
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown(name, getattr(self, name), known)
+        if self.pretrain == "public":
+            raise UserError('pretrain = "public" is not supported yet; use "holdout" or "none"')
+        if not 0 < self.alpha <= 1:
+            raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
+        if min(self.delta_r, self.r_stop) < 0:
+            raise UserError(f"delta_r and r_stop must be at least 0, got {self.delta_r} and {self.r_stop}")
+
+    # --- before round 1 ----------------------------------------------------------------------------------------------
+
+    def init(self, task: Task, devices: Sequence[Device]) -> State:
+        params = self._pretrained(task)
+        counts = self._candidates(task)
+        shared = SharedMask.first(union_mask(task, params, counts), task, devices)
+        state = FedTinyState(
+            params=compact(params, shared.mask),
+            shared=shared,
+            counts=torch.from_numpy(counts).int(),
+            statistics=torch.empty(0),
+            informed=torch.zeros(len(shared.held), dtype=torch.bool),
+            grow=torch.zeros(len(prunable(task).weights), dtype=torch.int32),
+        )
+        if len(counts) == 1:
+            return state
+        norms = read_statistics(task, params).numel() > 0
+        return replace(state, stage="calibrate" if norms and self.selection == "adaptive" else "probe")
+
+    def scheduled(self, task: Task, state: State, rounds: int) -> State:
+        assert isinstance(state, FedTinyState)
+        delta, stop = self.delta_r or max(1, round(rounds / 30)), self.r_stop or max(1, round(rounds / 3))
+        if self.progressive and stop > rounds:
+            raise UserError(f"r_stop is {stop}, beyond the {rounds} rounds")
+        if self.progressive and self.delta_r >= stop:
+            raise UserError(f"delta_r is {delta} and r_stop {stop}: the mask would never change")
+        if state.stage == "probe" and self.selection == "adaptive":
+            _log.info("the model has no batch norm: candidates are selected by their loss alone")
+        return self._announced(task, replace(state, delta_r=delta, r_stop=stop))
+
+    def _pretrained(self, task: Task) -> Params:
+        """The dense model that the server starts from (phase 0)."""
+        params = task.init_params()
+        if self.pretrain == "none":
+            return params
+        if self.server_data is None:
+            raise UserError('pretrain = "holdout" needs examples that the server keeps; set partition.holdout')
+        how = {"lr": 0.05, "batch_size": 32} | {
+            key: self.client_config[key] for key in _SGD if key in self.client_config
+        }
+        rng = torch_rng(task.seed, "pretrain")
+        return sgd(task, params, self.server_data, epochs=self.pretrain_epochs, rng=rng, **how).params
+
+    def _candidates(self, task: Task) -> NDArray[np.int64]:
+        """Kept weights of each layer in each candidate, (C, layers) (phase 1)."""
+        counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
+        model = prunable(task)
+        if self.pool == 1 or counts == model.sizes:  # nothing to choose
+            return np.array([list(counts.values())], dtype=np.int64)
+        hard = self.density_kind == "true"  # a budget, so never exceeded
+        dense, total = (model.dense, model.total) if hard else (0, sum(model.sizes.values()))
+        return coarse_pool(
+            counts,
+            model.sizes,
+            self.layer_densities,
+            self.pool,
+            numpy_rng(task.seed, "pool"),
+            target=self.density * total - dense,
+            dense=dense,
+            hard=hard,
+        )
+
+    # --- each exchange -----------------------------------------------------------------------------------------------
+
+    def broadcast(self, state: State, device: Device) -> Packet:
+        assert isinstance(state, FedTinyState)
+        if state.stage == "train":
+            grow = {"grow": state.grow} if bool(state.grow.any()) else {}
+            return masked_packet("train", state.params, state.shared, device, **grow)
+        extra = {"statistics": state.statistics} if state.statistics.numel() else {}
+        if state.informed[device.id]:
+            return Packet(state.stage, extra)
+        return masked_packet(state.stage, state.params, state.shared, device, counts=state.counts, **extra)
+
+    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+        assert isinstance(state, FedTinyState)
+        if state.stage == "train":
+            sizes, counts = prunable(task).sizes, named_counts(state.grow, prunable(task).weights)
+            bad = misfit(reply, "update", {**state.params, **gradient_form(counts, sizes)})
+            return bad or gradient_complaint(reply, counts, sizes, state.shared.mask)
+        n = reply.scalars.get("development")
+        if not isinstance(n, int) or n < 1:
+            return f"the reply's scalar 'development' must be a number of examples above 0, got {n!r}"
+        c = len(state.counts)
+        if state.stage == "probe":
+            return misfit(reply, "losses", {"losses": torch.empty(c), "correct": torch.empty(c, dtype=torch.int32)})
+        form = read_statistics(task, state.params).shape
+        none = torch.empty(0, *form)
+        bad = misfit(reply, "statistics", {"statistics": none})
+        return bad and misfit(reply, "statistics", {"statistics": none.new_empty(c, *form)})
+
+    def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
+        assert isinstance(state, FedTinyState)
+        if state.stage == "calibrate":
+            return self._calibrated(state, replies)
+        if state.stage == "probe":
+            return self._announced(task, self._probed(task, state, replies))
+        return self._announced(task, self._trained(task, state, replies))
+
+    def _calibrated(self, state: FedTinyState, replies: Iterable[Reply]) -> FedTinyState:
+        """Exchange 1: each candidate's statistics, averaged over the devices."""
+        mean, informed = StatisticsMean(self.variance), state.informed.clone()
+        for reply in replies:
+            informed[reply.device.id] = True
+            if len(given := reply.packet.tensors["statistics"]):
+                mean.add(given, int(reply.packet.scalars["development"]))
+        if (statistics := mean.result()) is None:
+            raise UserError("no client's development set is large enough; lower min_development or raise development")
+        return replace(state, stage="probe", statistics=statistics, informed=informed)
+
+    def _probed(self, task: Task, state: FedTinyState, replies: Iterable[Reply]) -> FedTinyState:
+        """Exchange 2: the candidate of lowest loss becomes the model."""
+        losses, examples = [], []
+        for reply in replies:
+            losses.append(reply.packet.tensors["losses"].clone())
+            examples.append(int(reply.packet.scalars["development"]))
+        if not losses:
+            raise UserError("no client has sent losses of the candidates")
+        best = lowest_loss(losses, examples)
+        params, mask = Candidates(dict(state.params), state.shared.mask, state.counts).model(task, best)
+        if state.statistics.numel():
+            params = with_statistics(task, params, state.statistics[best])
+        _log.info("candidate %d of %d is selected", best, len(state.counts))
+        return replace(
+            state,
+            stage="train",
+            params=params,
+            shared=state.shared.changed_to(mask, task),
+            counts=state.counts[best : best + 1],
+            statistics=torch.empty(0),
+            informed=torch.zeros_like(state.informed),
+        )
+
+    def _trained(self, task: Task, state: FedTinyState, replies: Iterable[Reply]) -> FedTinyState:
+        """A round of FedAvg, and in an adjustment round the exchange of weights."""
+        counts = named_counts(state.grow, prunable(task).weights)
+        mean, gradients, seen = WeightedMean(), GradientMean(counts, prunable(task).sizes), []
+        for reply in replies:
+            tensors = reply.packet.tensors
+            mean.add({name: tensors[name] for name in state.params}, reply.weight)
+            gradients.add(reply.packet, reply.weight)
+            seen.append(reply.device.id)
+        params, shared = mean.result(state.params), state.shared.held_by(seen)
+        if counts:
+            params, mask = exchanged(params, shared.mask, gradients, counts)
+            shared = shared.changed_to(mask, task)
+        done = state.adjustments + self._adjusts(state, state.round + 1)
+        return replace(state, params=params, shared=shared, round=state.round + 1, adjustments=done)
+
+    # --- the schedule ------------------------------------------------------------------------------------------------
+
+    def _adjusts(self, state: FedTinyState, turn: int) -> bool:
+        """Whether the mask changes at the end of round ``turn``."""
+        return self.progressive and bool(state.delta_r) and turn % state.delta_r == 0 and turn < state.r_stop
+
+    def _announced(self, task: Task, state: FedTinyState) -> FedTinyState:
+        """The state with the gradients that the next round asks for: those of the group whose turn it is."""
+        turn, mask, model = state.round + 1, state.shared.mask, prunable(task)
+        groups = layer_groups(list(mask), self.granularity, self.order)
+        counts: dict[str, int] = {}
+        if state.stage == "train" and groups and self._adjusts(state, turn):
+            share = exchange_share(self.alpha, turn, state.r_stop)
+            group = groups[state.adjustments % len(groups)]
+            counts = {name: exchange_count(share, len(mask[name]), model.sizes[name]) for name in group}
+        return replace(state, grow=counts_row(counts, model.weights))
+
+
+_CHOICES = {
+    "selection": SELECTIONS,
+    "variance": VARIANCES,
+    "pretrain": SOURCES,
+    "granularity": GRANULARITIES,
+    "order": ORDERS,
+}
