@@ -94,7 +94,7 @@ class _Top:
 
 @contextmanager
 def _probes(task: Task, top: Mapping[str, _Top]) -> Iterator[None]:
-    """Show each probed layer's weight gradient to its collector, some outputs at a time, as the backward pass comes by."""
+    """Show each probed layer's weight gradient, some outputs at a time, to its collector as the backward pass comes by."""
     handles = []
     for name, found in top.items():
         layer = task.model.get_submodule(name.rpartition(".")[0])

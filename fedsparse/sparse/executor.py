@@ -1,13 +1,13 @@
 """Runs a network over kept weights only: one forward and one backward pass over its whole program.
 
-What is kept between the two passes is the output of each convolution, once. Norms and ReLUs are applied when a value is
-read; sums, pools and flattenings are computed again in the backward pass when they are first needed. Buffers are reused
+What is kept between the two passes is the output of each convolution and pool, once. Norms and ReLUs are applied when a
+value is read; sums and flattenings are computed again in the backward pass when they are first needed. Buffers are reused
 from layer to layer and from step to step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsparse.sparse import kernels, pointwise
 from fedsparse.sparse.masks import Mask, spread
-from fedsparse.sparse.program import Norm, Op, Program, Value
+from fedsparse.sparse.program import Op, Program, Value
 
 Array = np.ndarray[Any, Any]
 _NONE4 = np.empty((0, 0, 0, 0), np.float32)
@@ -181,7 +181,7 @@ class Run:
 
     def _again(self, value: int) -> bool:
         """Whether a value is computed again when the backward pass needs it."""
-        return value in self.maker and self.program.ops[self.maker[value]].kind != "conv"
+        return value in self.maker and self.program.ops[self.maker[value]].kind in ("add", "flatten")
 
     def _make(self, number: int) -> Array | None:
         """Compute a value; returns the sums for its norm where the operation gave them."""
@@ -205,9 +205,7 @@ class Run:
     def _convolve(self, number: int, op: Op, operand: Operand, out: Array) -> Array | None:
         weight, bias = self._weight(op)
         if op.name in self.executor.dense:
-            y = torch.conv2d(
-                self._images(operand), self._dense_weight(op), None, op.stride, op.padding, op.dilation
-            )
+            y = torch.conv2d(self._images(operand), self._dense_weight(op), None, op.stride, op.padding, op.dilation)
             out[...] = _array(y.transpose(0, 1))
             if len(bias):
                 out += bias[:, None, None, None]
@@ -378,7 +376,7 @@ class Run:
             operand = self._operand(source)
             out = self.buffers.take(operand.raw.shape)
             if op.kind == "max":
-                pointwise.max_pool_backward(*operand.parts(), _window(op), grad, out)
+                pointwise.max_pool_backward(*operand.parts(), _window(op), self._operand(op.target).raw, grad, out)
             elif op.kind == "mean":
                 pointwise.mean_pool_backward(grad, _window(op), out)
             else:
@@ -568,5 +566,3 @@ def _array(tensor: Tensor) -> Array:
     """A view of a tensor's memory."""
     array: Array = tensor.detach().contiguous().numpy()
     return array
-
-

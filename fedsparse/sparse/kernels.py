@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import njit, types
+from numba import extending, njit, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 Array = Any  # a NumPy array inside compiled code
+intrinsic: Any = extending.intrinsic  # as it calls them, compiled functions have one argument less
 
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 """Floats in a vector register; run lengths are multiples of it."""
@@ -105,7 +105,8 @@ def geometry(
     columns = lows[1] + highs[1] + max(outs[1], phase[1])
     rows = lows[0] + highs[0] + max(outs[0], phase[0])
     per_example = 4 * rows * columns * max(inputs * stride[0] * stride[1], outputs)
-    tiles = -(-batch // max(1, min(batch, cache // per_example, -(-8 * LANES // outs[1]))))
+    enough = 1 if outs[1] >= 2 * LANES else -(-8 * LANES // outs[1])  # examples for runs that are worth their start
+    tiles = -(-batch // max(1, min(batch, cache // per_example, enough)))
     group = -(-batch // tiles)
     run = _round(outs[1] * group)
     row = max(columns * group, run)
@@ -124,7 +125,7 @@ def geometry(
         *highs,
         *phase,
         row,
-        rows * row + 2 * LANES,
+        rows * row + (LANES if flat else 0),  # a flat run may end behind the last row
         flat,
     )
 
@@ -146,6 +147,61 @@ def _pointer(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> A
     return builder.gep(context.make_array(kind)(context, builder, array).data, [index])
 
 
+def _bare(context: Any, builder: Any, kind: Any, data: Any, length: Any) -> Any:
+    """A one-dimensional array over memory that another array owns, without a reference to count."""
+    array = context.make_array(kind)(context, builder)
+    size = context.get_constant(types.intp, 4)
+    context.populate_array(array, data=data, shape=[length], strides=[size], itemsize=size, meminfo=None)
+    return array._getvalue()
+
+
+@intrinsic
+def row(_: Any, array: Any, c: Any, n: Any, i: Any) -> Any:
+    """``array[c, n, i]`` of a contiguous array of four axes. NumPy's own slices count references, with a bus lock
+    each: in loops over short rows that costs as much as the work."""
+    line = types.Array(array.dtype, 1, "C")
+    signature = line(array, types.int64, types.int64, types.int64)
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        whole = context.make_array(sig.args[0])(context, builder, args[0])
+        sizes = cgutils.unpack_tuple(builder, whole.shape, 4)
+        at = builder.add(builder.mul(args[1], sizes[1]), args[2])
+        at = builder.mul(builder.add(builder.mul(at, sizes[2]), args[3]), sizes[3])
+        return _bare(context, builder, sig.return_type, builder.gep(whole.data, [at]), sizes[3])
+
+    return signature, code
+
+
+@intrinsic
+def channel(_: Any, array: Any, c: Any) -> Any:
+    """``array[c].ravel()`` of a contiguous array, as :func:`row`."""
+    signature = types.Array(array.dtype, 1, "C")(array, types.int64)
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        whole = context.make_array(sig.args[0])(context, builder, args[0])
+        length = _I64(1)
+        for size in cgutils.unpack_tuple(builder, whole.shape, sig.args[0].ndim)[1:]:
+            length = builder.mul(length, size)
+        data = builder.gep(whole.data, [builder.mul(args[1], length)])
+        return _bare(context, builder, sig.return_type, data, length)
+
+    return signature, code
+
+
+@intrinsic
+def tail(_: Any, array: Any, start: Any) -> Any:
+    """``array[start:]`` of a contiguous array of one axis, as :func:`row`."""
+    signature = types.Array(array.dtype, 1, "C")(array, types.int64)
+
+    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        whole = context.make_array(sig.args[0])(context, builder, args[0])
+        (size,) = cgutils.unpack_tuple(builder, whole.shape, 1)
+        data = builder.gep(whole.data, [args[1]])
+        return _bare(context, builder, sig.return_type, data, builder.sub(size, args[1]))
+
+    return signature, code
+
+
 def _load(builder: Any, pointer: Any, lanes: int) -> Any:
     """A vector of floats from an address without alignment."""
     at = builder.gep(pointer, [_I64(lanes)])
@@ -159,6 +215,33 @@ def _splat(builder: Any, value: Any) -> Any:
 
 def _multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.fadd(builder.fmul(a, b, flags=_FLAGS), c, flags=_FLAGS)
+
+
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(lanes)), lanes))
+
+
+def _lane_sums(builder: Any, vectors: list[Any]) -> Any:
+    """The sums over the lanes of 1, 2, 4 or 8 vectors, as one vector with a lane for each.
+
+    Pairs are folded into one vector each until one is left, whose lanes are then folded in halves.
+    """
+    width = vectors[0].type.count
+    step = 1
+    while len(vectors) > 1:  # of each pair, lanes that differ in this bit are added; a's result takes the 0 side
+        even = [i if not i & step else i - step + width for i in range(width)]
+        odd = [i + step if not i & step else i + width for i in range(width)]
+        vectors = [
+            builder.fadd(_shuffle(builder, a, b, even), _shuffle(builder, a, b, odd), flags=_FLAGS)
+            for a, b in zip(vectors[::2], vectors[1::2], strict=True)
+        ]
+        step *= 2
+    (total,) = vectors
+    while total.type.count > step:
+        half = total.type.count // 2
+        low, high = list(range(half)), list(range(half, 2 * half))
+        total = builder.fadd(_shuffle(builder, total, total, low), _shuffle(builder, total, total, high), flags=_FLAGS)
+    return total
 
 
 def _sums(blocks: int) -> Any:
@@ -229,12 +312,9 @@ def _dots(count: int) -> Any:
                     for right, total in zip(rights, totals, strict=True):
                         b = _load(builder, builder.gep(right, [at]), 0)
                         builder.store(_multiply_add(builder, a, b, builder.load(total)), total)
-            name = f"llvm.vector.reduce.fadd.v{LANES}f32"
-            reduce = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOAT, [_FLOAT, _VECTOR]), name)
-            for j, total in enumerate(totals):
-                at = builder.gep(result, [_I64(j)])
-                summed = builder.call(reduce, [ir.Constant(_FLOAT, 0.0), builder.load(total)], fastmath=_FLAGS)
-                builder.store(builder.fadd(builder.load(at), summed), at)
+            part = _lane_sums(builder, [builder.load(total) for total in totals])
+            at = builder.bitcast(result, part.type.as_pointer())
+            builder.store(builder.fadd(builder.load(at, align=4), part, flags=_FLAGS), at, align=4)
             return context.get_dummy_value()
 
         return signature, code
@@ -314,60 +394,86 @@ def _shift(tap: int, dilation: int, padding: int, stride: int) -> tuple[int, int
 
 
 @kernel
-def _pattern(positions: Array, geo: Geometry) -> tuple[Array, Array]:
-    """Offsets into the input buffer, (kept,) int32, and where each output row begins, (outputs + 1,)."""
+def _taps(geo: Geometry) -> tuple[Array, Array, Array]:
+    """For each tap of the kernel: its phase, and its offset in a channel of the input and of the gradient buffer."""
     taps = geo.kernel_h * geo.kernel_w
-    cells = geo.inputs * taps
-    shifts = np.empty(taps, np.int64)
+    phase, ahead, back = np.empty(taps, np.int64), np.empty(taps, np.int64), np.empty(taps, np.int64)
     for kh in range(geo.kernel_h):
         fh, dh = _shift(kh, geo.dilation_h, geo.pad_h, geo.stride_h)
         for kw in range(geo.kernel_w):
             fw, dw = _shift(kw, geo.dilation_w, geo.pad_w, geo.stride_w)
-            start = (dh + geo.low_h) * geo.row + (dw + geo.low_w) * geo.group
-            shifts[kh * geo.kernel_w + kw] = (fh * geo.stride_w + fw) * geo.plane + start
-    offsets = np.empty(len(positions), np.int32)
+            tap = kh * geo.kernel_w + kw
+            phase[tap] = fh * geo.stride_w + fw
+            ahead[tap] = phase[tap] * geo.plane + (dh + geo.low_h) * geo.row + (dw + geo.low_w) * geo.group
+            back[tap] = (geo.high_h - dh) * geo.row + (geo.high_w - dw) * geo.group
+    return phase, ahead, back
+
+
+@kernel
+def _begins(positions: Array, geo: Geometry) -> Array:
+    """Where each output row begins in ``positions``: (outputs + 1,)."""
+    cells = geo.inputs * geo.kernel_h * geo.kernel_w
     begins = np.zeros(geo.outputs + 1, np.int64)
-    channel = geo.stride_h * geo.stride_w * geo.plane
-    for k in range(len(positions)):
-        output, rest = divmod(positions[k], cells)
-        c, tap = divmod(rest, taps)
-        offsets[k] = c * channel + shifts[tap]
-        begins[output + 1] += 1
+    k = 0
     for r in range(geo.outputs):
-        begins[r + 1] += begins[r]
+        end = (r + 1) * cells
+        while k < len(positions) and positions[k] < end:
+            k += 1
+        begins[r + 1] = k
+    return begins
+
+
+@kernel
+def _channel(rest: int, taps: int, per_tap: float) -> int:
+    """``rest // taps``. Exact for 31-bit numbers, and several times as fast as a 64-bit division."""
+    return rest if taps == 1 else int((rest + 0.5) * per_tap)
+
+
+@kernel
+def _pattern(positions: Array, geo: Geometry) -> tuple[Array, Array]:
+    """Offsets into the input buffer, (kept,) int32, and where each output row begins, (outputs + 1,)."""
+    taps = geo.kernel_h * geo.kernel_w
+    _, ahead, _ = _taps(geo)
+    begins = _begins(positions, geo)
+    offsets = np.empty(len(positions), np.int32)
+    channel = geo.stride_h * geo.stride_w * geo.plane
+    for r in range(geo.outputs):
+        for k in range(begins[r], begins[r + 1]):
+            rest = positions[k] - r * geo.inputs * taps
+            c = _channel(rest, taps, 1.0 / taps)
+            offsets[k] = c * channel + ahead[rest - c * taps]
     return offsets, begins
 
 
 @kernel
-def _transposed(positions: Array, values: Array, geo: Geometry) -> tuple[Array, Array, Array]:
-    """The same for the input gradient: rows are (input channel, phase), offsets go into the gradient buffer."""
+def _transposed(positions: Array, values: Array, rows: Array, geo: Geometry) -> tuple[Array, Array, Array]:
+    """The same for the input gradient: rows are (input channel, phase), offsets go into the gradient buffer.
+
+    rows: the begins of the output rows. Returns offsets, the values in that order, and begins.
+    """
     taps = geo.kernel_h * geo.kernel_w
-    cells = geo.inputs * taps
     phases = geo.stride_h * geo.stride_w
-    phase = np.empty(taps, np.int64)
-    shifts = np.empty(taps, np.int64)
-    for kh in range(geo.kernel_h):
-        fh, dh = _shift(kh, geo.dilation_h, geo.pad_h, geo.stride_h)
-        for kw in range(geo.kernel_w):
-            fw, dw = _shift(kw, geo.dilation_w, geo.pad_w, geo.stride_w)
-            phase[kh * geo.kernel_w + kw] = fh * geo.stride_w + fw
-            shifts[kh * geo.kernel_w + kw] = (geo.high_h - dh) * geo.row + (geo.high_w - dw) * geo.group
+    phase, _, back = _taps(geo)
+    channels = np.empty(len(positions), np.int32)
     begins = np.zeros(geo.inputs * phases + 1, np.int64)
-    for k in range(len(positions)):
-        c, tap = divmod(positions[k] % cells, taps)
-        begins[c * phases + phase[tap] + 1] += 1
-    for r in range(geo.inputs * phases):
-        begins[r + 1] += begins[r]
+    for r in range(geo.outputs):
+        for k in range(rows[r], rows[r + 1]):
+            rest = positions[k] - r * geo.inputs * taps
+            c = _channel(rest, taps, 1.0 / taps)
+            channels[k] = c
+            begins[c * phases + phase[rest - c * taps] + 1] += 1
+    for place in range(geo.inputs * phases):
+        begins[place + 1] += begins[place]
     free = begins.copy()
     offsets = np.empty(len(positions), np.int32)
     turned = np.empty(len(positions), np.float32)
-    for k in range(len(positions)):
-        output, rest = divmod(positions[k], cells)
-        c, tap = divmod(rest, taps)
-        at = free[c * phases + phase[tap]]
-        free[c * phases + phase[tap]] += 1
-        offsets[at] = output * geo.plane + shifts[tap]
-        turned[at] = values[k]
+    for r in range(geo.outputs):
+        for k in range(rows[r], rows[r + 1]):
+            tap = positions[k] - (r * geo.inputs + channels[k]) * taps
+            place = channels[k] * phases + phase[tap]
+            offsets[free[place]] = r * geo.plane + back[tap]
+            turned[free[place]] = values[k]
+            free[place] += 1
     return offsets, turned, begins
 
 
@@ -381,19 +487,42 @@ def active(v: float, scale: float, shift: float, relu: bool) -> float:
 
 
 @kernel
-def _pack_row(source: Array, scale: float, shift: float, relu: bool, target: Array, step: int) -> None:
-    """Copy one row of one example, every ``step``-th float of the target, through its norm and ReLU."""
-    if step == 1:
+def _pack_row(
+    source: Array, step: int, count: int, scale: float, shift: float, relu: bool, target: Array, pitch: int
+) -> None:
+    """Every ``step``-th float of a row through its norm and ReLU, to every ``pitch``-th of the target."""
+    if step == 1 and pitch == 1:
         if relu:
-            for j in range(len(source)):
+            for j in range(count):
                 z = source[j] * scale + shift
                 target[j] = np.float32(0.0) if z < 0 else z
         else:
-            for j in range(len(source)):
+            for j in range(count):
                 target[j] = source[j] * scale + shift
     else:
-        for j in range(len(source)):
-            target[j * step] = active(source[j], scale, shift, relu)
+        for j in range(count):
+            target[j * pitch] = active(source[j * step], scale, shift, relu)
+
+
+@kernel
+def _points(geo: Geometry) -> bool:
+    """Whether images and kernel are 1 x 1: a linear layer, whose examples lie side by side everywhere."""
+    return geo.height * geo.width * geo.kernel_h * geo.kernel_w * geo.out_h * geo.out_w == 1
+
+
+@kernel
+def _pack_points(
+    raw: Array, scale: Array, shift: Array, relu: bool, first: int, geo: Geometry, c: int, buffer: Array
+) -> None:
+    """:func:`_pack_input` of 1 x 1 images."""
+    count = min(geo.group, raw.shape[1] - first)
+    source, target = tail(channel(raw, c), first), tail(buffer, c * geo.plane)
+    a, d = tail(channel(scale, c), first), tail(channel(shift, c), first)
+    for b in range(count):
+        z = source[b] * a[b] + d[b]
+        target[b] = np.float32(0.0) if relu and z < 0 else z
+    for b in range(count, geo.group):
+        target[b] = 0
 
 
 @kernel
@@ -401,82 +530,125 @@ def _pack_input(
     raw: Array, scale: Array, shift: Array, relu: bool, first: int, geo: Geometry, c: int, buffer: Array
 ) -> None:
     """Fill channel ``c`` of the input buffer with the examples from ``first`` on; missing ones are zero."""
-    n = raw.shape[1]
+    if _points(geo):
+        _pack_points(raw, scale, shift, relu, first, geo, c, buffer)
+        return
     rows = min(geo.phase_h, geo.out_h + geo.high_h)
     columns = min(geo.phase_w, geo.out_w + geo.high_w)
     for b in range(geo.group):
+        there = first + b < raw.shape[1]
+        a, d = (scale[c, first + b], shift[c, first + b]) if there else (np.float32(0.0), np.float32(0.0))
         for fh in range(geo.stride_h):
             for fw in range(geo.stride_w):
-                start = ((c * geo.stride_h + fh) * geo.stride_w + fw) * geo.plane + geo.low_w * geo.group + b
-                for i in range(rows):
-                    h = i * geo.stride_h + fh
-                    if h >= geo.height:
-                        break
-                    at = start + (geo.low_h + i) * geo.row
-                    if first + b < n:
-                        line = raw[c, first + b, h, fw :: geo.stride_w]
-                        if geo.stride_w == 1:
-                            line_1 = raw[c, first + b, h]
-                            _pack_row(
-                                line_1[:columns],
-                                scale[c, first + b],
-                                shift[c, first + b],
-                                relu,
-                                buffer[at:],
-                                geo.group,
-                            )
-                        else:
-                            for j in range(min(columns, len(line))):
-                                buffer[at + j * geo.group] = active(
-                                    line[j], scale[c, first + b], shift[c, first + b], relu
-                                )
+                start = ((c * geo.stride_h + fh) * geo.stride_w + fw) * geo.plane
+                start += geo.low_h * geo.row + geo.low_w * geo.group + b
+                count = min(columns, (geo.width - fw + geo.stride_w - 1) // geo.stride_w)
+                for i in range(min(rows, (geo.height - fh + geo.stride_h - 1) // geo.stride_h)):
+                    target = tail(buffer, start + i * geo.row)
+                    if there:
+                        source = tail(row(raw, c, first + b, i * geo.stride_h + fh), fw)
+                        _pack_row(source, geo.stride_w, count, a, d, relu, target, geo.group)
                     else:
-                        for j in range(columns):
-                            buffer[at + j * geo.group] = 0
+                        for j in range(count):
+                            target[j * geo.group] = 0
 
 
 @kernel
-def _pack_gradient(
+def _pack_point_gradient(
     grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, buffer: Array
 ) -> float:
+    """:func:`_pack_gradient` of 1 x 1 images."""
+    count = min(geo.group, grad.shape[1] - first)
+    g, target = tail(channel(grad, c), first), tail(buffer, c * geo.plane)
+    total = np.float32(0.0)
+    if lines.shape[1]:
+        y = tail(channel(raw, c), first)
+        for b in range(count):
+            target[b] = lines[0, c, first + b] * g[b] + lines[1, c, first + b] * y[b] + lines[2, c, first + b]
+            total += target[b]
+    else:
+        for b in range(count):
+            target[b] = g[b]
+            total += g[b]
+    for b in range(count, geo.group):
+        target[b] = 0
+    return total
+
+
+@kernel
+def _pack_gradient(grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, buffer: Array) -> float:
     """Fill channel ``c`` of the gradient buffer with ``a * grad + b * raw + d``; returns the sum of what it holds.
 
     lines: (3, channels, n): a, b, d, the backward pass of the norm behind the convolution; empty where there is none.
     """
-    n = grad.shape[1]
+    if _points(geo):
+        return _pack_point_gradient(grad, raw, lines, first, geo, c, buffer)
     total = 0.0
     for b in range(geo.group):
         start = c * geo.plane + geo.high_h * geo.row + geo.high_w * geo.group + b
+        there = first + b < grad.shape[1]
+        a, k, d = np.float32(1.0), np.float32(0.0), np.float32(0.0)
+        if there and lines.shape[1]:
+            a, k, d = lines[0, c, first + b], lines[1, c, first + b], lines[2, c, first + b]
         for i in range(geo.out_h):
-            target = buffer[start + i * geo.row :]
-            if first + b >= n:
+            target = tail(buffer, start + i * geo.row)
+            if not there:
                 for j in range(geo.out_w):
                     target[j * geo.group] = 0
                 continue
-            g = grad[c, first + b, i]
-            if lines.shape[1]:
-                y = raw[c, first + b, i]
-                a, k, d = lines[0, c, first + b], lines[1, c, first + b], lines[2, c, first + b]
-                if geo.group == 1:
-                    for j in range(geo.out_w):
-                        target[j] = a * g[j] + k * y[j] + d
-                else:
-                    for j in range(geo.out_w):
-                        target[j * geo.group] = a * g[j] + k * y[j] + d
-            elif geo.group == 1:
+            g = row(grad, c, first + b, i)
+            y = row(raw, c, first + b, i) if lines.shape[1] else g
+            part = np.float32(0.0)
+            if geo.group == 1:
                 for j in range(geo.out_w):
-                    target[j] = g[j]
+                    v = a * g[j] + k * y[j] + d
+                    target[j] = v
+                    part += v
             else:
                 for j in range(geo.out_w):
-                    target[j * geo.group] = g[j]
-            part = np.float32(0.0)
-            for j in range(geo.out_w):
-                part += target[j * geo.group]
+                    v = a * g[j] + k * y[j] + d
+                    target[j * geo.group] = v
+                    part += v
             total += part
     return total
 
 
 # ------------------------------------------------------------------------------------------------- convolution
+
+
+@kernel
+def _unpack_output(line: Array, r: int, first: int, geo: Geometry, constant: float, out: Array, sums: Array) -> None:
+    """Write one output channel of a tile, and its sums for the norm behind."""
+    count = min(geo.group, out.shape[1] - first)
+    if _points(geo):
+        target = tail(channel(out, r), first)
+        for b in range(count):
+            target[b] = line[b] + constant
+        if sums.shape[1]:
+            for b in range(count):
+                v = np.float64(target[b])
+                sums[0, r, first + b] = v
+                sums[1, r, first + b] = v * v
+        return
+    for b in range(count):
+        s1, s2 = 0.0, 0.0
+        for i in range(geo.out_h):
+            target = row(out, r, first + b, i)
+            source = tail(line, i * geo.row + b)
+            if geo.group == 1:
+                for j in range(geo.out_w):
+                    target[j] = source[j] + constant
+            else:
+                for j in range(geo.out_w):
+                    target[j] = source[j * geo.group] + constant
+            if sums.shape[1]:
+                for j in range(geo.out_w):
+                    v = np.float64(target[j])
+                    s1 += v
+                    s2 += v * v
+        if sums.shape[1]:
+            sums[0, r, first + b] = s1
+            sums[1, r, first + b] = s2
 
 
 @kernel
@@ -499,7 +671,7 @@ def conv_forward(
     """
     n = raw.shape[1]
     offsets, begins = _pattern(positions, geo)
-    buffer = np.zeros(geo.inputs * geo.stride_h * geo.stride_w * geo.plane, np.float32)
+    buffer = np.zeros(geo.inputs * geo.stride_h * geo.stride_w * geo.plane + LANES, np.float32)
     line = np.empty(geo.plane + 8 * LANES, np.float32)
     runs, run = _runs(geo, geo.out_h, geo.out_w)
     for first in range(0, n, geo.group):
@@ -509,43 +681,105 @@ def conv_forward(
             k = begins[r]
             _rows_sum(offsets, values, k, begins[r + 1] - k, buffer, 0, line, runs, geo.row, run)
             constant = bias[r] if len(bias) else np.float32(0.0)
-            for b in range(min(geo.group, n - first)):
-                s1, s2 = 0.0, 0.0
-                for i in range(geo.out_h):
-                    target = out[r, first + b, i]
-                    source = line[i * geo.row + b :]
-                    if geo.group == 1:
-                        for j in range(geo.out_w):
-                            target[j] = source[j] + constant
-                    else:
-                        for j in range(geo.out_w):
-                            target[j] = source[j * geo.group] + constant
-                    if sums.shape[1]:
-                        for j in range(geo.out_w):
-                            v = np.float64(target[j])
-                            s1 += v
-                            s2 += v * v
-                if sums.shape[1]:
-                    sums[0, r, first + b] = s1
-                    sums[1, r, first + b] = s2
+            _unpack_output(line, r, first, geo, constant, out, sums)
 
 
 @kernel
 def _finish_row(
-    z: Array, step: int, before: Array, raw: Array, scale: float, shift: float, relu: bool, out: Array
+    z: Array,
+    pitch: int,
+    held: Array,
+    raw: Array,
+    step: int,
+    count: int,
+    scale: float,
+    shift: float,
+    relu: bool,
+    out: Array,
 ) -> tuple[float, float]:
-    """``out = (z + before) * relu'``: a row of a gradient; returns its sum and that of its products with ``raw``."""
+    """``out = (z + held) * relu'``: a row of a gradient; returns its sum and that of its products with ``raw``.
+
+    pitch: of z; step: of held, raw and out; an empty ``held`` is zero.
+    """
     s1, s2 = 0.0, 0.0
-    for j in range(len(out)):
-        v = z[j * step]
-        if len(before):
-            v += before[j]
-        if relu and not raw[j] * scale + shift > 0:
+    if pitch == 1 and step == 1:  # the same with strides that the compiler can vectorise
+        for j in range(count):
+            v = z[j]
+            if len(held):
+                v += held[j]
+            if relu and not raw[j] * scale + shift > 0:
+                v = np.float32(0.0)
+            out[j] = v
+            s1 += np.float64(v)
+            s2 += np.float64(v) * np.float64(raw[j])
+        return s1, s2
+    for j in range(count):
+        v = z[j * pitch]
+        if len(held):
+            v += held[j * step]
+        if relu and not raw[j * step] * scale + shift > 0:
             v = np.float32(0.0)
-        out[j] = v
+        out[j * step] = v
         s1 += np.float64(v)
-        s2 += np.float64(v) * np.float64(raw[j])
+        s2 += np.float64(v) * np.float64(raw[j * step])
     return s1, s2
+
+
+@kernel
+def _unpack_gradient(
+    line: Array,
+    c: int,
+    phase: int,
+    first: int,
+    geo: Geometry,
+    raw: Array,
+    scale: Array,
+    shift: Array,
+    relu: bool,
+    before: Array,
+    d_raw: Array,
+    last: bool,
+    sums: Array,
+) -> None:
+    """Write one phase of one input channel of a tile: see :func:`conv_backward`."""
+    count = min(geo.group, raw.shape[1] - first)
+    fh, fw = divmod(phase, geo.stride_w)
+    if _points(geo):
+        to, y = tail(channel(d_raw, c), first), tail(channel(raw, c), first)
+        a, d = tail(channel(scale, c), first), tail(channel(shift, c), first)
+        for b in range(count):
+            v = line[b] + before[c, first + b, 0, 0] if before.shape[0] else line[b]
+            if last and relu and not y[b] * a[b] + d[b] > 0:
+                v = np.float32(0.0)
+            to[b] = v
+        if last:
+            for b in range(count):
+                sums[0, c, first + b] = np.float64(to[b])
+                sums[1, c, first + b] = np.float64(to[b]) * np.float64(y[b])
+        return
+    width = (geo.width - fw + geo.stride_w - 1) // geo.stride_w
+    for b in range(count):
+        a, d = scale[c, first + b], shift[c, first + b]
+        total, product = 0.0, 0.0
+        for i in range((geo.height - fh + geo.stride_h - 1) // geo.stride_h):
+            h = i * geo.stride_h + fh
+            to = tail(row(d_raw, c, first + b, h), fw)
+            held = tail(row(before, c, first + b, h), fw) if before.shape[0] else tail(line, len(line))
+            z = tail(line, i * geo.row + b)
+            if last:
+                y = tail(row(raw, c, first + b, h), fw)
+                s1, s2 = _finish_row(z, geo.group, held, y, geo.stride_w, width, a, d, relu, to)
+                total += s1
+                product += s2
+            elif len(held):
+                for j in range(width):
+                    to[j * geo.stride_w] = held[j * geo.stride_w] + z[j * geo.group]
+            else:
+                for j in range(width):
+                    to[j * geo.stride_w] = z[j * geo.group]
+        if last:
+            sums[0, c, first + b] += total
+            sums[1, c, first + b] += product
 
 
 @kernel
@@ -569,8 +803,8 @@ def conv_backward(
 ) -> None:
     """All gradients of :func:`conv_forward` at once.
 
-    grad: (outputs, n, out_h, out_w), of what follows the convolution's norm, with ``lines`` as in ``_pack_gradient`` and
-    ``out`` the forward result (empty without a norm). d_values: (kept,), d_bias: (outputs,) or empty.
+    grad: (outputs, n, out_h, out_w), of what follows the convolution's norm, with ``lines`` as in ``_pack_gradient``
+    and ``out`` the forward result (empty without a norm). d_values: (kept,), d_bias: (outputs,) or empty.
     d_raw: (inputs, n, height, width), or empty where no input gradient is wanted: gets ``before`` (empty = 0; may be
     ``d_raw``) plus the gradient of the activation; with ``last`` the ReLU's derivative is applied and ``sums``
     (2, inputs, n) gets the sums of the result and of its products with ``raw``.
@@ -578,15 +812,14 @@ def conv_backward(
     n = raw.shape[1]
     offsets, begins = _pattern(positions, geo)
     phases = geo.stride_h * geo.stride_w
-    buffer = np.zeros(geo.inputs * phases * geo.plane, np.float32)
-    gradient = np.zeros(geo.outputs * geo.plane, np.float32)
+    buffer = np.zeros(geo.inputs * phases * geo.plane + LANES, np.float32)
+    gradient = np.zeros(geo.outputs * geo.plane + LANES, np.float32)
     runs, run = _runs(geo, geo.out_h, geo.out_w)
     corner = geo.high_h * geo.row + geo.high_w * geo.group
     wants = d_raw.shape[0] > 0
-    back, turned, starts = _transposed(positions, values, geo)
+    back, turned, starts = _transposed(positions, values, begins, geo)
     back_runs, back_run = _runs(geo, geo.phase_h, geo.phase_w)
     line = np.empty(geo.plane + 8 * LANES, np.float32)
-    nothing = np.empty(0, np.float32)
     for k in range(len(d_values)):
         d_values[k] = 0
     for r in range(len(d_bias)):
@@ -599,38 +832,26 @@ def conv_backward(
             if len(d_bias):
                 d_bias[r] += total
             _rows_dot(
-                offsets, begins[r], begins[r + 1], buffer, gradient, r * geo.plane + corner, runs, geo.row, run, d_values
+                offsets,
+                begins[r],
+                begins[r + 1],
+                buffer,
+                gradient,
+                r * geo.plane + corner,
+                runs,
+                geo.row,
+                run,
+                d_values,
             )
         if not wants:
             continue
         for c in range(geo.inputs):
-            s = np.zeros((2, geo.group))
+            if last:
+                for b in range(min(geo.group, n - first)):
+                    sums[0, c, first + b] = 0.0
+                    sums[1, c, first + b] = 0.0
             for f in range(phases):
-                fh, fw = divmod(f, geo.stride_w)
                 k = starts[c * phases + f]
                 count = starts[c * phases + f + 1] - k
                 _rows_sum(back, turned, k, count, gradient, 0, line, back_runs, geo.row, back_run)
-                for b in range(min(geo.group, n - first)):
-                    a, d = scale[c, first + b], shift[c, first + b]
-                    for i in range(geo.phase_h):
-                        h = i * geo.stride_h + fh
-                        if h >= geo.height:
-                            break
-                        target = d_raw[c, first + b, h, fw :: geo.stride_w]
-                        held = before[c, first + b, h, fw :: geo.stride_w] if before.shape[0] else nothing
-                        source = line[i * geo.row + b :]
-                        if last:
-                            y = raw[c, first + b, h, fw :: geo.stride_w]
-                            s1, s2 = _finish_row(source, geo.group, held, y, a, d, relu, target)
-                            s[0, b] += s1
-                            s[1, b] += s2
-                        elif len(held):
-                            for j in range(len(target)):
-                                target[j] = held[j] + source[j * geo.group]
-                        else:
-                            for j in range(len(target)):
-                                target[j] = source[j * geo.group]
-            if last:
-                for b in range(min(geo.group, n - first)):
-                    sums[0, c, first + b] = s[0, b]
-                    sums[1, c, first + b] = s[1, b]
+                _unpack_gradient(line, c, f, first, geo, raw, scale, shift, relu, before, d_raw, last, sums)
