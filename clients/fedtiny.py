@@ -29,7 +29,7 @@ from fedsparse.task import Client, Params, Split, Task
 
 AVERAGES = ("moving", "cumulative")
 PLACES = ("local", "global")
-_SEARCH_BYTES = 4 * (1 << 17)  # of the piece of a gradient that is looked at
+_PIECE = 1 << 17  # gradients that the search looks at together
 
 
 @dataclass(frozen=True)
@@ -71,16 +71,16 @@ class FedTinyClient(SgdClient):
             return self._probe(task, client, packet, *receive_candidates(task, packet, memory)), {}
         got = receive(task, packet, memory)
         fit = self.fit(task, client, got.params, rng, mask=got.mask)
-        found, searched = self._search(task, client, packet, got, fit.params, rng)
+        found, flops, buffers = self._search(task, client, packet, got, fit.params, rng)
         costs = masked_costs(
             task,
             got.mask,
             samples=fit.samples,
             batch=self.batch_size,
             momentum=self.momentum > 0,
-            decision=sum(t.nbytes for t in found.values()) + _SEARCH_BYTES * bool(found),
+            decision=buffers,
         )
-        scalars = {**training_facts(client, fit), **costs, "flops": float(costs["flops"]) + searched}
+        scalars = {**training_facts(client, fit), **costs, "flops": float(costs["flops"]) + flops}
         return Packet("update", {**fit.params, **found}, scalars), got.memory
 
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
@@ -144,10 +144,10 @@ class FedTinyClient(SgdClient):
 
     def _search(
         self, task: Task, client: Client, packet: Packet, got: Received, trained: Params, rng: torch.Generator
-    ) -> tuple[dict[str, Tensor], float]:
-        """In an adjustment round the largest gradients of pruned weights on one batch, and the flops of the search."""
+    ) -> tuple[dict[str, Tensor], float, int]:
+        """In an adjustment round the top gradients of pruned weights on one batch; flops and bytes of the search."""
         if "grow" not in packet.tensors:
-            return {}, 0.0
+            return {}, 0.0, 0
         model = prunable(task)
         counts = named_counts(packet.tensors["grow"], model.weights)
         chosen = torch.randperm(len(client.train), generator=rng)[: self.batch_size]
@@ -156,4 +156,6 @@ class FedTinyClient(SgdClient):
         found = top_gradients(task, params, got.mask, batch, counts)
         names = [model.weights[name].name for name in counts]
         flops = cost.search_flops(model.layers, len(batch), names, model.cut(got.mask))
-        return gradient_tensors(found, model.sizes), flops
+        tensors = gradient_tensors(found, model.sizes)
+        piece = max(cost.BYTES * min(_PIECE, model.sizes[name]) for name in counts)
+        return tensors, flops, piece + sum(t.nbytes for t in tensors.values())

@@ -355,6 +355,26 @@ def test_natural_partitions_that_cannot_be_made() -> None:
         federate(dataset, PartitionConfig(min_train=90), 0)
 
 
+@pytest.mark.parametrize("scheme", ["iid", "dirichlet", "natural"])
+@pytest.mark.parametrize("part", [False, True])
+def test_the_server_keeps_a_balanced_hold_out_that_no_client_has(scheme: str, part: bool) -> None:
+    dataset = numbered(600, 3, clients=4, part=part)
+    config = PartitionConfig(scheme, 4, alpha=5.0, holdout=7, min_train=5)
+    data, plain = (federate(dataset, c, 1) for c in (config, replace(config, holdout=0)))
+    assert data.server is not None and plain.server is None
+    assert torch.bincount(data.server.y).tolist() == [7, 7, 7]
+    held = data.server.x[:, 0].tolist()
+    rows = all_rows(chain(*rows_of(data), [held]))
+    assert rows == list(range(600))  # each row once
+    assert dataset.part is None or not dataset.part[held].any()
+    assert bits(data) == bits(federate(dataset, config, 1))
+
+
+def test_a_hold_out_larger_than_the_data_is_refused() -> None:
+    with pytest.raises(UserError, match="partition.holdout is 60, but class 0 of .* has 30 training examples"):
+        federate(numbered(90, 3), PartitionConfig("iid", 3, holdout=60), 0)
+
+
 def test_unknown_data_sets() -> None:
     with pytest.raises(UserError, match=r"unknown data set 'digit'; did you mean 'digits'"):
         load_dataset("digit")

@@ -436,7 +436,7 @@ def test_bytes_of_resnet18_at_one_percent() -> None:
     one = strategy.broadcast(chosen, Device(0)).nbytes
     plain = strategy.broadcast(replace(chosen, shared=chosen.shared.held_by([0])), Device(0)).nbytes
     assert plain / dense < 0.013
-    assert pool < 2 * one
+    assert pool < 1.5 * one
     assert state.counts.shape == (10, 19)
 
 

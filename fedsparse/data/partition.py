@@ -23,6 +23,15 @@ from fedsparse.task import Split
 
 _SCHEMES = ("auto", "iid", "dirichlet", "pathological", "natural")
 _DEFAULT_CLIENTS = 10
+_LOWEST = {
+    "clients": 0,
+    "classes_per_client": 1,
+    "min_train": 1,
+    "min_test": 0,
+    "max_clients": 0,
+    "retries": 1,
+    "holdout": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class PartitionConfig:
     set has clients, else dirichlet. clients: how many; 0 = all natural ones, or 10; with natural, the first so many.
     min_train: training examples, at least 1; smaller natural clients are dropped, other schemes draw again, up to
     ``retries`` times. min_test: test examples that a client gets where it has enough (see ``split_sizes``).
-    max_clients: keep the first so many; 0 = all.
+    max_clients: keep the first so many; 0 = all. holdout: training examples of each class that the server keeps for
+    itself, drawn by seed before the division; no client has them, whatever the method.
     """
 
     scheme: str = "auto"
@@ -45,14 +55,14 @@ class PartitionConfig:
     min_test: int = 30
     max_clients: int = 0
     retries: int = 20
+    holdout: int = 0
 
     def __post_init__(self) -> None:
         if self.scheme not in _SCHEMES:
             raise unknown("partition.scheme", self.scheme, _SCHEMES)
         if not 0 < self.alpha < float("inf"):
             raise UserError(f"partition.alpha must be above 0 and finite, got {self.alpha}")
-        lowest = {"clients": 0, "classes_per_client": 1, "min_train": 1, "min_test": 0, "max_clients": 0, "retries": 1}
-        for name, low in lowest.items():
+        for name, low in _LOWEST.items():
             if getattr(self, name) < low:
                 raise UserError(f"partition.{name} must be at least {low}, got {getattr(self, name)}")
 
@@ -73,6 +83,7 @@ class FederatedData:
 
     input_shape: of one example; vocabulary: number of tokens, 0 = numeric input.
     notes: what a user should know, one line each: clients dropped, clients with a small test set, unused classes.
+    server: the hold-out, None where there is none.
     """
 
     name: str
@@ -82,6 +93,7 @@ class FederatedData:
     clients: tuple[ClientData, ...]
     notes: tuple[str, ...]
     default_model: str
+    server: Split | None = None
 
 
 @dataclass(frozen=True)
@@ -108,10 +120,11 @@ def federate(dataset: Dataset, config: PartitionConfig, seed: int) -> FederatedD
     The same arguments give the same bits. Raises UserError where the division cannot be made.
     """
     notes: list[str] = []
-    rows, names = _groups(dataset, config, seed, notes)
+    held = _held_out(dataset, config.holdout, seed)
+    rows, names = _groups(dataset, config, seed, notes, held)
     shares = _split(dataset, config, seed, rows, names, notes)
     kept = _keep(dataset, config, shares, notes)
-    return _assemble(dataset, kept, tuple(notes))
+    return _assemble(dataset, kept, held, tuple(notes))
 
 
 def split_sizes(n: int, min_train: int, min_test: int) -> tuple[int, int, int]:
@@ -131,21 +144,40 @@ def _three_quarters(n: int) -> int:
     return n - n // 4
 
 
+def _held_out(dataset: Dataset, count: int, seed: int) -> Array:
+    """The rows that the server keeps: ``count`` of each class, of the train part where the set has one."""
+    rng, rows = numpy_rng(seed, "holdout"), [np.empty(0, np.int64)]
+    for label in np.unique(dataset.y) if count else ():
+        of_class = np.flatnonzero(dataset.y == label)
+        if dataset.part is not None:
+            of_class = of_class[dataset.part[of_class] == 0]
+        if len(of_class) < count:
+            raise UserError(
+                f"partition.holdout is {count}, but class {label} of {dataset.name} has"
+                f" {len(of_class)} training examples"
+            )
+        rows.append(np.sort(rng.choice(of_class, count, replace=False)))
+    return np.concatenate(rows)
+
+
 # Partitions: lists of row numbers, one list a client
 
 
 def _groups(
-    dataset: Dataset, config: PartitionConfig, seed: int, notes: list[str]
+    dataset: Dataset, config: PartitionConfig, seed: int, notes: list[str], held: Array
 ) -> tuple[list[Array], tuple[str, ...]]:
-    """Each client's rows and name, before any client is dropped."""
+    """Each client's rows and name, before any client is dropped; without the rows ``held`` by the server."""
     natural = dataset.client is not None
     scheme = config.scheme if config.scheme != "auto" else "natural" if natural else "dirichlet"
     if scheme == "natural":
-        return _natural(dataset, config.clients), dataset.client_names
+        groups = _natural(dataset, config.clients)
+        return [g[~np.isin(g, held)] for g in groups] if len(held) else groups, dataset.client_names
     clients = config.clients or _DEFAULT_CLIENTS
-    if clients > len(dataset):
-        raise UserError(f"partition.clients is {clients}, more than the {len(dataset)} examples of {dataset.name}")
+    if clients > len(dataset) - len(held):
+        left = f"{len(dataset) - len(held)} {'remaining ' if len(held) else ''}examples"
+        raise UserError(f"partition.clients is {clients}, more than the {left} of {dataset.name}")
     order = numpy_rng(seed, "partition", "shuffle").permutation(len(dataset))
+    order = order[~np.isin(order, held)]
     groups = _drawn(scheme, dataset, dataset.y[order], clients, config, seed, notes)
     return [order[g] for g in groups], tuple(f"client_{i}" for i in range(clients))
 
@@ -315,14 +347,14 @@ def _named(clients: Sequence[str], what: str) -> str:
 # One tensor for all
 
 
-def _assemble(dataset: Dataset, clients: Sequence[_Shares], notes: tuple[str, ...]) -> FederatedData:
-    parts = [p for c in clients for p in c.parts]
+def _assemble(dataset: Dataset, clients: Sequence[_Shares], held: Array, notes: tuple[str, ...]) -> FederatedData:
+    parts = [p for c in clients for p in c.parts] + [held]
     rows = np.concatenate(parts)
     ends = np.cumsum([len(p) for p in parts]).tolist()
-    spans = list(itertools.pairwise([0, *ends]))  # train, validation, test, train, ...
+    spans = list(itertools.pairwise([0, *ends]))  # train, validation, test, train, ..., the server's
     inputs, labels = dataset.x[rows], dataset.y[rows]
     if not dataset.vocabulary:
-        _scale(inputs, spans[::3])
+        _scale(inputs, spans[:-1:3])
     x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
     splits = [_view(x, y, span) for span in spans]
     return FederatedData(
@@ -333,6 +365,7 @@ def _assemble(dataset: Dataset, clients: Sequence[_Shares], notes: tuple[str, ..
         clients=tuple(ClientData(c.name, *splits[3 * i : 3 * i + 3]) for i, c in enumerate(clients)),
         notes=notes,
         default_model=dataset.default_model,
+        server=splits[-1] if len(held) else None,
     )
 
 
