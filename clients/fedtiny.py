@@ -19,7 +19,7 @@ from fedsparse.client import Memory, Metrics, SgdClient, check_positive, trainin
 from fedsparse.errors import UserError, unknown
 from fedsparse.globalmask import Received, masked_costs, prunable, receive
 from fedsparse.masked import network, score_masked, top_gradients
-from fedsparse.models.norms import norm_momentum, read_statistics, with_statistics
+from fedsparse.models.norms import BatchStatistics, read_statistics, with_statistics
 from fedsparse.packet import Packet, Scalar
 from fedsparse.regrow import gradient_tensors, named_counts
 from fedsparse.seeding import torch_rng
@@ -135,12 +135,15 @@ class FedTinyClient(SgdClient):
         own = {name: t.clone() if name in task.buffers else t for name, t in params.items()}
         rng = torch_rng(task.seed, client.id, "calibrate")
         task.model.train(True)
-        with torch.no_grad(), network(task, own, mask) as model, norm_momentum(task) as set_momentum:
-            for turn, batch in enumerate(batches(len(data), self.batch_size, self.passes, rng), 1):
-                if self.averaging == "cumulative":
-                    set_momentum(1 / turn)
+        mean = BatchStatistics(task, own) if self.averaging == "cumulative" else None
+        with torch.no_grad(), network(task, own, mask) as model:
+            for batch in batches(len(data), self.batch_size, self.passes, rng):
+                if mean:
+                    mean.before()
                 model(data.x[batch])
-        return read_statistics(task, own)
+                if mean:
+                    mean.after()
+        return mean.result() if mean else read_statistics(task, own)
 
     def _search(
         self, task: Task, client: Client, packet: Packet, got: Received, trained: Params, rng: torch.Generator

@@ -17,10 +17,11 @@ from torch import Tensor
 from fedsparse import cost
 from fedsparse.client import Memory
 from fedsparse.errors import UserError
-from fedsparse.globalmask import prunable, recall, receive, strongest
+from fedsparse.globalmask import kept_counts, prunable, recall, receive, strongest
 from fedsparse.packet import Packet, Scalar
+from fedsparse.seeding import numpy_rng
 from fedsparse.sparse.masks import Mask
-from fedsparse.sparse.pruning import largest
+from fedsparse.sparse.pruning import coarse_pool, largest
 from fedsparse.task import Params, Task
 
 _UNION = "union/"  # before the names of the union's tensors, in a client's memory
@@ -50,6 +51,22 @@ class Candidates:
         return {_COUNTS: self.counts, **{_UNION + name: t for name, t in self.params.items()}}
 
 
+def candidate_counts(task: Task, density: float, kind: str, family: str, pool: int) -> NDArray[np.int64]:
+    """Kept weights of each layer in each of ``pool`` candidates, (C, layers): drawn by the task's seed.
+
+    With ``pool`` 1, or where every weight is kept, there is one candidate, without noise. A "true" density is a budget,
+    which no candidate exceeds. Raises UserError for what :func:`fedsparse.globalmask.kept_counts` refuses.
+    """
+    counts, model = kept_counts(task, density, kind, family), prunable(task)
+    if pool == 1 or counts == model.sizes:
+        return np.array([list(counts.values())], dtype=np.int64)
+    hard = kind == "true"
+    dense, total = (model.dense, model.total) if hard else (0, sum(model.sizes.values()))
+    rng = numpy_rng(task.seed, "pool")
+    target = density * total - dense
+    return coarse_pool(counts, model.sizes, family, pool, rng, target=target, dense=dense, hard=hard)
+
+
 def union_mask(task: Task, params: Mapping[str, Tensor], counts: NDArray[np.int64]) -> dict[str, Tensor]:
     """The union of candidates that keep ``counts``, (C, layers), of the largest weights of whole ``params``."""
     return {name: largest(params[name], int(k)) for name, k in zip(prunable(task).weights, counts.max(0), strict=True)}
@@ -77,10 +94,12 @@ def selection_costs(task: Task, candidates: Candidates, *, examples: int, batch:
     cuts = [model.cut(mask) for _, mask in candidates.models(task)]
     macs = [cost.forward_macs(model.layers, cut) for cut in cuts]
     densest = max(cuts, key=lambda cut: cost.kept_count(model.layers, cut))
+    nominal = cost.nominal_density(model.layers, densest)
     widest = max(layer.activations for layer in model.layers)
     return {
         "samples": examples * len(cuts),
         "density_true": cost.kept_count(model.layers, densest) / model.total,
+        **({} if nominal is None else {"density_nominal": nominal}),
         "flops": 2.0 * examples * sum(macs),
         "forward_macs": max(macs),
         "memory": held + cost.model_bytes(model.layers, densest) + 2 * cost.BYTES * batch * widest,

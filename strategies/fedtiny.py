@@ -16,15 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, lowest_loss, union_mask
+from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, candidate_counts, lowest_loss, union_mask
 from fedsparse.client import check_positive
 from fedsparse.errors import UserError, unknown
-from fedsparse.globalmask import SharedMask, check_densities, kept_counts, masked_packet, prunable
+from fedsparse.globalmask import SharedMask, check_densities, masked_packet, prunable
 from fedsparse.models.norms import read_statistics, with_statistics
 from fedsparse.packet import Packet
 from fedsparse.regrow import (
@@ -35,14 +33,13 @@ from fedsparse.regrow import (
     gradient_form,
     named_counts,
 )
-from fedsparse.seeding import numpy_rng, torch_rng
+from fedsparse.seeding import torch_rng
 from fedsparse.sgd import sgd
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.mean import WeightedMean
 from fedsparse.sparse.pruning import (
     GRANULARITIES,
     ORDERS,
-    coarse_pool,
     exchange_count,
     exchange_share,
     layer_groups,
@@ -125,7 +122,7 @@ class FedTiny(FederatedStrategy):
 
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         params = self._pretrained(task)
-        counts = self._candidates(task)
+        counts = candidate_counts(task, self.density, self.density_kind, self.layer_densities, self.pool)
         shared = SharedMask.first(union_mask(task, params, counts), task, devices)
         state = FedTinyState(
             params=compact(params, shared.mask),
@@ -163,25 +160,6 @@ class FedTiny(FederatedStrategy):
         }
         rng = torch_rng(task.seed, "pretrain")
         return sgd(task, params, self.server_data, epochs=self.pretrain_epochs, rng=rng, **how).params
-
-    def _candidates(self, task: Task) -> NDArray[np.int64]:
-        """Kept weights of each layer in each candidate, (C, layers) (phase 1)."""
-        counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
-        model = prunable(task)
-        if self.pool == 1 or counts == model.sizes:  # nothing to choose
-            return np.array([list(counts.values())], dtype=np.int64)
-        hard = self.density_kind == "true"  # a budget, so never exceeded
-        dense, total = (model.dense, model.total) if hard else (0, sum(model.sizes.values()))
-        return coarse_pool(
-            counts,
-            model.sizes,
-            self.layer_densities,
-            self.pool,
-            numpy_rng(task.seed, "pool"),
-            target=self.density * total - dense,
-            dense=dense,
-            hard=hard,
-        )
 
     # --- each exchange -----------------------------------------------------------------------------------------------
 

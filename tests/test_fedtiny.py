@@ -22,7 +22,7 @@ from fedsparse.globalmask import prunable, receive
 from fedsparse.masked import top_gradients
 from fedsparse.method import build, hyper_parameters, load_method
 from fedsparse.models import build_model
-from fedsparse.models.norms import norm_momentum, read_statistics, with_statistics
+from fedsparse.models.norms import read_statistics, with_statistics
 from fedsparse.packet import Packet, decode
 from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
@@ -167,12 +167,19 @@ def test_cumulative_statistics_are_the_mean_over_the_batches_and_nothing_old() -
     means = torch.stack([o.mean((0, 2, 3)) for o in outputs]).mean(0)
     variances = torch.stack([o.transpose(0, 1).flatten(1).var(1) for o in outputs]).mean(0)
     assert torch.allclose(first, torch.stack([means, variances]), atol=1e-5)
-    norm = task.model.get_submodule("bn1")
-    assert isinstance(norm, nn.BatchNorm2d) and norm.momentum == 0.1
-    with norm_momentum(task) as put:
-        put(0.5)
-        assert norm.momentum == 0.5
-    assert norm.momentum == 0.1
+
+
+def test_cumulative_statistics_under_a_mask_forget_the_old_ones() -> None:
+    task, client = stages_task(), small_clients(3)[2]
+    strategy, half = tiny(passes=1, averaging="cumulative", density=0.3, pool=3)
+    state = begin(strategy, task, (client,))
+    params, mask = Candidates(dict(state.params), state.shared.mask, state.counts).model(task, 1)
+    shape = read_statistics(task, params).shape
+    old = [with_statistics(task, params, torch.full(shape, v)) for v in (1.0, 99.0)]
+    first, second = (half._statistics(task, client, client.train, p, mask) for p in old)
+    assert torch.equal(first, second) and not torch.equal(first, read_statistics(task, params))
+    _, moving = tiny(passes=200, density=0.3, pool=3)
+    assert torch.allclose(moving._statistics(task, client, client.train, params, mask), first, rtol=0.5, atol=0.3)
 
 
 def test_total_variance_is_that_of_all_examples_together() -> None:

@@ -1,13 +1,14 @@
-"""The running statistics of a model's batch norms as one tensor, and how they are averaged over batches."""
+"""The running statistics of a model's batch norms as one tensor, and their plain mean over batches."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from fedsparse.errors import UserError
 from fedsparse.task import Params, Task
 
 _NORM = nn.modules.batchnorm._BatchNorm
@@ -40,18 +41,35 @@ def with_statistics(task: Task, params: Mapping[str, Tensor], statistics: Tensor
     return out
 
 
-@contextmanager
-def norm_momentum(task: Task) -> Iterator[Callable[[float], None]]:
-    """A function that sets the momentum of all batch norms (a new batch's share); the block's end undoes it."""
-    norms = [m for _, m in _norms(task)]
-    own = [m.momentum for m in norms]
+class BatchStatistics:
+    """The plain mean of batches' statistics, from running ones that are updated in place.
 
-    def put(value: float) -> None:
-        for norm in norms:
-            norm.momentum = value
+    A running statistic that was 0 is momentum times the batch's afterwards: no norm needs another momentum for it.
+    """
 
-    try:
-        yield put
-    finally:
-        for norm, momentum in zip(norms, own, strict=True):
-            norm.momentum = momentum
+    def __init__(self, task: Task, params: Mapping[str, Tensor]) -> None:
+        self._task = task
+        self._params = params
+        self._momentum = torch.cat([torch.full((m.num_features,), _momentum(m)) for _, m in _norms(task)])
+        self._sum = torch.zeros(2, len(self._momentum), dtype=torch.float64)
+        self._batches = 0
+
+    def before(self) -> None:
+        """Set the running statistics to 0, in place."""
+        for name in itertools.chain(*statistic_names(self._task)):
+            self._params[name].zero_()
+
+    def after(self) -> None:
+        """Count the batch that has gone through the model since."""
+        self._sum += read_statistics(self._task, self._params).double() / self._momentum
+        self._batches += 1
+
+    def result(self) -> Tensor:
+        """(2, channels) float32: the means."""
+        return (self._sum / self._batches).float()
+
+
+def _momentum(norm: nn.modules.batchnorm._BatchNorm) -> float:
+    if not norm.momentum:
+        raise UserError("batch norms without momentum keep no statistics that candidates could be judged by")
+    return float(norm.momentum)
