@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,11 @@ from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from fedsparse.errors import UserError
 from fedsparse.sparse.masks import Mask, spread
+from fedsparse.sparse.representation import executor_for
 from fedsparse.task import Score, Split, Task, score
+
+if TYPE_CHECKING:
+    from fedsparse.sparse.executor import Executor
 
 Network = Callable[[Tensor], Tensor]
 Found = dict[str, tuple[Tensor, Tensor]]
@@ -27,6 +32,10 @@ def network(task: Task, params: Mapping[str, Tensor], mask: Mask) -> Iterator[Ne
         with task.bound(params) as model:
             yield model
         return
+    executor = _executor(task, params, mask)
+    if executor is not None:
+        yield lambda x: executor.logits(params, x, train=task.model.training)
+        return
     dense = {name: t for name, t in params.items() if name not in mask}
 
     def forward(x: Tensor) -> Tensor:
@@ -36,6 +45,13 @@ def network(task: Task, params: Mapping[str, Tensor], mask: Mask) -> Iterator[Ne
             return out
 
     yield forward
+
+
+def _executor(task: Task, params: Mapping[str, Tensor], mask: Mask) -> Executor | None:
+    """None: masked dense, as on a GPU, where dense products win at every density that matters."""
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in params.values()):
+        return None
+    return executor_for(task.model, task.input_shape, mask, task.crossover)
 
 
 def score_masked(task: Task, params: Mapping[str, Tensor], mask: Mask, data: Split) -> Score:
@@ -57,15 +73,26 @@ def top_gradients(
     own = {name: t.detach().clone() if name in task.buffers else t.detach() for name, t in params.items()}
     top = {name: _Top(mask[name], a) for name, a in counts.items()}
     task.model.train(True)
-    with network(task, own, mask) as model, _probes(task, top):
-        with torch.enable_grad():
-            # a leaf that needs a gradient makes every later output need one, without any weight gradient
-            loss = task.criterion(model(batch.x.clone().requires_grad_()), batch.y)
-        loss.backward()
+    executor = _executor(task, own, mask)
+    if executor is not None:
+        shows = {name.rpartition(".")[0]: found.show for name, found in top.items()}
+        executor.search(own, batch.x, lambda logits: _loss_gradient(task, logits, batch.y), shows)
+    else:
+        with network(task, own, mask) as model, _probes(task, top), torch.enable_grad():
+            # an input that needs a gradient makes every later output need one, without any weight gradient
+            x = batch.x.clone().requires_grad_()
+            torch.autograd.grad(task.criterion(model(x), batch.y), x)
     return {name: found.result() for name, found in top.items()}
 
 
-_CHUNK = 1 << 17  # gradients looked at together
+def _loss_gradient(task: Task, logits: Tensor, y: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf = logits.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(task.criterion(leaf, y), leaf)
+    return grad
+
+
+_CHUNK = 1 << 15  # gradients looked at together
 
 
 class _Top:
@@ -81,12 +108,12 @@ class _Top:
         """Gradients of the flat positions from ``start`` on, in ascending order."""
         lo, hi = torch.searchsorted(self.kept, torch.tensor([start, start + len(values)], dtype=torch.int32)).tolist()
         size = values.abs()
-        size[self.kept[lo:hi].long() - start] = -1.0  # never chosen before a pruned one
-        all_sizes = torch.cat([self.values.abs(), size])
-        best = torch.argsort(all_sizes, descending=True, stable=True)[: self.a]  # equals: lowest position first
-        best = best[all_sizes[best] >= 0].sort().values
-        self.values = torch.cat([self.values, values])[best]
-        self.at = torch.cat([self.at, torch.arange(start, start + len(values))])[best]
+        size[self.kept[lo:hi].long() - start] = -1.0  # below every pruned one
+        floor = float(self.values.abs().min()) if 0 < len(self.values) == self.a else -0.5
+        new = (size > floor).nonzero().flatten()  # of equals the earlier position stays
+        at, found = torch.cat([self.at, new + start]), torch.cat([self.values, values[new]])
+        best = torch.argsort(found.abs(), descending=True, stable=True)[: self.a].sort().values
+        self.at, self.values = at[best], found[best]
 
     def result(self) -> tuple[Tensor, Tensor]:
         return self.at.int(), self.values
@@ -94,7 +121,7 @@ class _Top:
 
 @contextmanager
 def _probes(task: Task, top: Mapping[str, _Top]) -> Iterator[None]:
-    """Show each probed layer's weight gradient, some outputs at a time, to its collector as the backward pass comes by."""
+    """Show each probed layer's weight gradient, some outputs at a time, as the backward pass comes by."""
     handles = []
     for name, found in top.items():
         layer = task.model.get_submodule(name.rpartition(".")[0])

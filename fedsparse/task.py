@@ -107,6 +107,8 @@ class Task:
     model: any module that maps (n, *input_shape) to logits (n, classes); its tensors are the initial parameters.
     seed: of the run, for what a method draws before round 1. vocabulary: number of tokens, 0 for numeric input.
     reference: the dense model to which densities and costs are related, if ``model`` is a narrowed one.
+    crossover: by the path of a layer, the density from which on it is computed masked dense; see
+    :mod:`fedsparse.sparse.representation`.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class Task:
         seed: int,
         vocabulary: int = 0,
         reference: nn.Module | None = None,
+        crossover: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.input_shape = input_shape
@@ -124,6 +127,7 @@ class Task:
         self.seed = seed
         self.vocabulary = vocabulary
         self.reference = reference if reference is not None else model
+        self.crossover = dict(crossover or {})
         _drop_batch_counters(model)
         self.trainable = tuple(name for name, _ in model.named_parameters())
         self.buffers = tuple(name for name, _ in model.named_buffers())

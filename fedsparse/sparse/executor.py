@@ -1,13 +1,13 @@
 """Runs a network over kept weights only: one forward and one backward pass over its whole program.
 
 What is kept between the two passes is the output of each convolution and pool, once. Norms and ReLUs are applied when a
-value is read; sums and flattenings are computed again in the backward pass when they are first needed. Buffers are reused
-from layer to layer and from step to step.
+value is read; sums and flattenings are computed again in the backward pass when they are first needed. Buffers are
+reused from layer to layer and from step to step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from fedsparse.sparse.masks import Mask, spread
 from fedsparse.sparse.program import Op, Program, Value
 
 Array = np.ndarray[Any, Any]
+Show = Callable[[int, Tensor], None]
+_SHOWN = 1 << 15  # gradients of pruned weights that exist at a time
 _NONE4 = np.empty((0, 0, 0, 0), np.float32)
 _NO_LINES = np.empty((3, 0, 0), np.float32)
 _NO_SUMS = np.empty((2, 0, 0))
@@ -110,6 +112,21 @@ class Executor:
             run = Run(self, params, x, train=train, keep=False)
             return run.forward()
 
+    def search(
+        self,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        d_logits: Callable[[Tensor], Tensor],
+        shows: Mapping[str, Show],
+    ) -> None:
+        """Show the dense weight gradients of the layers ``shows`` on one batch in training mode, some rows at a time.
+
+        d_logits: from logits to the gradient of the loss. A show gets the first flat position and the gradients from
+        there on, in ascending order. Running statistics in ``params`` are updated in place.
+        """
+        run = Run(self, params, x, train=True, shows=shows)
+        run.backward(d_logits(run.forward()))
+
     def geometry(self, number: int, n: int) -> kernels.Geometry:
         """The layout of the number-th operation for ``n`` examples."""
         key = (number, n)
@@ -141,8 +158,16 @@ class Run:
     """One forward pass over a batch, and the backward pass to it. With ``keep`` false values go as soon as read."""
 
     def __init__(
-        self, executor: Executor, params: Mapping[str, Tensor], x: Tensor, *, train: bool, keep: bool = True
+        self,
+        executor: Executor,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        *,
+        train: bool,
+        keep: bool = True,
+        shows: Mapping[str, Show] | None = None,
     ) -> None:
+        self.shows = shows or {}
         self.executor = executor
         self.program = executor.program
         self.buffers = executor.buffers
@@ -163,8 +188,8 @@ class Run:
 
     # --- forward
 
-    def forward(self) -> Tensor:
-        """The logits, (n, classes)."""
+    def advance(self) -> None:
+        """Compute all values."""
         for number, op in enumerate(self.program.ops):
             sums = self._make(number)
             self._normalise(op.target, sums)
@@ -172,6 +197,10 @@ class Run:
                 self.unread[source] -= 1
                 if not self.unread[source] and (not self.keep or self._again(source)):
                     self._drop(source)
+
+    def forward(self) -> Tensor:
+        """The logits, (n, classes)."""
+        self.advance()
         out = self._operand(self.program.output)
         logits = np.empty((out.raw.shape[0], self.n, 1, 1), np.float32)
         pointwise.values_of(*out.parts(), logits)
@@ -205,8 +234,7 @@ class Run:
     def _convolve(self, number: int, op: Op, operand: Operand, out: Array) -> Array | None:
         weight, bias = self._weight(op)
         if op.name in self.executor.dense:
-            y = torch.conv2d(self._images(operand), self._dense_weight(op), None, op.stride, op.padding, op.dilation)
-            out[...] = _array(y.transpose(0, 1))
+            self._convolve_dense(op, operand, out)
             if len(bias):
                 out += bias[:, None, None, None]
             return None
@@ -216,12 +244,29 @@ class Run:
         kernels.conv_forward(*operand.parts(), positions, weight, bias, geometry, out, sums)
         return sums if sums.size else None
 
+    def _convolve_dense(self, op: Op, operand: Operand, out: Array) -> None:
+        weight = self._dense_weight(op)
+        if _is_product(op):
+            torch.mm(weight.flatten(1), self._matrix(operand), out=torch.from_numpy(out).flatten(1))
+        else:
+            y = torch.conv2d(self._images(operand), weight, None, op.stride, op.padding, op.dilation)
+            out[...] = _array(y.transpose(0, 1))
+
+    def _matrix(self, operand: Operand) -> Tensor:
+        """An operand as (channels, n * h * w)."""
+        out = np.empty(operand.raw.shape, np.float32)
+        pointwise.values_of(*operand.parts(), out)
+        return torch.from_numpy(out).flatten(1)
+
     def _images(self, operand: Operand) -> Tensor:
-        """An operand as a dense layer reads it, (n, channels, h, w) in channels-last order."""
+        """An operand as a dense layer reads it, (n, channels, h, w).
+
+        In the default order: convolution_backward of torch 2.13 corrupts the heap on small images in channels-last.
+        """
         c, n, h, w = operand.raw.shape
-        out = np.empty((n, h, w, c), np.float32)
-        pointwise.values_of(*operand.parts(), out.transpose(3, 0, 1, 2))
-        return torch.from_numpy(out).permute(0, 3, 1, 2)
+        out = np.empty((n, c, h, w), np.float32)
+        pointwise.values_of(*operand.parts(), out.transpose(1, 0, 2, 3))
+        return torch.from_numpy(out)
 
     def _weight(self, op: Op) -> tuple[Array, Array]:
         """A layer's flat (kept) weights and its bias."""
@@ -254,14 +299,11 @@ class Run:
             pointwise.moments(raw, raw, sums)
         statistics = self._group(v, sums) if v.norm.groups else self._batch(v, sums)
         weight, bias = self._affine(v)
-        scale = weight * statistics.inverse
-        shift = bias - statistics.mean * scale
         whole = (v.channels, self.n)
+        scale = np.ascontiguousarray(np.broadcast_to(weight * statistics.inverse, whole), np.float32)
+        shift = bias.astype(np.float32) - statistics.mean.astype(np.float32) * scale  # rounded as in the kernels
         self.statistics[value] = statistics
-        self.scales[value] = (
-            np.ascontiguousarray(np.broadcast_to(scale, whole), np.float32),
-            np.ascontiguousarray(np.broadcast_to(shift, whole), np.float32),
-        )
+        self.scales[value] = scale, shift
 
     def _affine(self, v: Value) -> tuple[Array, Array]:
         """A norm's weight and bias, (channels, 1) float64."""
@@ -344,10 +386,14 @@ class Run:
 
     def backward(self, d_logits: Tensor) -> dict[str, Array]:
         """The gradients of all parameters, by name, from that of the logits (n, classes)."""
+        return self.back_from(_array(d_logits.t()).reshape(d_logits.shape[1], self.n, 1, 1))
+
+    def back_from(self, d_output: Array) -> dict[str, Array]:
+        """The same from the gradient of the output value, (channels, n, height, width)."""
         grads: dict[str, Array] = {}
         flow = _Flow(self)
-        first = self.buffers.take((d_logits.shape[1], self.n, 1, 1))
-        first[:, :, 0, 0] = _array(d_logits.t())
+        first = self.buffers.take(d_output.shape)
+        first[...] = d_output
         flow.uses[self.program.output] += 1
         flow.give(self.program.output, first)
         for number in reversed(range(len(self.program.ops))):
@@ -384,7 +430,22 @@ class Run:
             flow.give(source, out)
         self.buffers.give(grad)
 
+    def _show(self, number: int, op: Op, flow: _Flow, lines: Array, show: Show) -> None:
+        """Some rows at a time, so that the gradient of the whole weight never exists."""
+        operand = self._operand(op.sources[0])
+        out = self._operand(op.target).raw if lines.size else _NONE4
+        outputs, cells = self.program.values[op.target].channels, operand.raw.shape[0] * op.kernel[0] * op.kernel[1]
+        step = max(1, _SHOWN // cells)
+        for start in range(0, outputs, step):
+            rows = np.empty(min(step, outputs - start) * cells, np.float32)
+            kernels.conv_weight_rows(
+                *operand.parts(), flow.grad(op.target), out, lines, self.executor.geometry(number, self.n), start, rows
+            )
+            show(start * cells, torch.from_numpy(rows))
+
     def _back_conv(self, number: int, op: Op, flow: _Flow, lines: Array, grads: dict[str, Array]) -> None:
+        if op.name in self.shows:
+            self._show(number, op, flow, lines, self.shows[op.name])
         if op.name in self.executor.dense:
             self._back_dense(op, flow, lines, grads)
             return
@@ -414,21 +475,26 @@ class Run:
 
     def _back_dense(self, op: Op, flow: _Flow, lines: Array, grads: dict[str, Array]) -> None:
         source = op.sources[0]
-        grad = flow.after_norm(op.target, lines)
-        dy = torch.from_numpy(grad).transpose(0, 1).contiguous(memory_format=torch.channels_last)
-        x, weight = self._images(self._operand(source)), self._dense_weight(op)
-        wanted = [flow.wanted(source), True, False]
-        dx, dw, _ = torch.ops.aten.convolution_backward(
-            dy, x, weight, None, op.stride, op.padding, op.dilation, False, (0, 0), 1, wanted
-        )
-        positions = self.executor.positions(f"{op.name}.weight", weight.numel())
-        d_bias = grad.sum((1, 2, 3)) if op.bias else _NONE1
-        self._note(op, _array(dw).reshape(-1)[positions], d_bias, grads)
+        grad, operand, weight = flow.after_norm(op.target, lines), self._operand(source), self._dense_weight(op)
+        d_source = self.buffers.take(operand.raw.shape) if flow.wanted(source) else None
+        if _is_product(op):
+            dy = torch.from_numpy(grad).flatten(1)
+            d_weight = dy @ self._matrix(operand).t()
+            if d_source is not None:
+                torch.mm(weight.flatten(1).t(), dy, out=torch.from_numpy(d_source).flatten(1))
+        else:
+            dy = torch.from_numpy(grad).transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            wanted = [d_source is not None, True, False]
+            dx, d_weight, _ = torch.ops.aten.convolution_backward(
+                dy, self._images(operand), weight, None, op.stride, op.padding, op.dilation, False, (0, 0), 1, wanted
+            )
+            if d_source is not None:
+                d_source[...] = _array(dx.transpose(0, 1))
+        kept = _array(d_weight.flatten())[self.executor.positions(f"{op.name}.weight", weight.numel())]
+        self._note(op, kept, grad.sum((1, 2, 3)) if op.bias else _NONE1, grads)
         self.buffers.give(grad)
-        if flow.wanted(source):
-            out = self.buffers.take((x.shape[1], self.n, *x.shape[2:]))
-            out[...] = _array(dx.transpose(0, 1))
-            flow.give(source, out)
+        if d_source is not None:
+            flow.give(source, d_source)
 
     def _note(self, op: Op, d_weight: Array, d_bias: Array, grads: dict[str, Array]) -> None:
         name = f"{op.name}.weight"
@@ -556,6 +622,11 @@ def _by_group(values: Array, groups: int) -> Array:
     """Sums over the channels of a group, at each of its channels: (channels, n) to (channels, n)."""
     size = len(values) // groups
     return np.repeat(values.reshape(groups, size, -1).sum(1), size, axis=0)
+
+
+def _is_product(op: Op) -> bool:
+    """Whether a convolution is a matrix product over channels."""
+    return (op.kernel, op.stride, op.padding) == ((1, 1), (1, 1), (0, 0))
 
 
 def _window(op: Op) -> tuple[int, int, int, int, int, int]:

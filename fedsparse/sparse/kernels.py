@@ -34,7 +34,10 @@ intrinsic: Any = extending.intrinsic  # as it calls them, compiled functions hav
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 """Floats in a vector register; run lengths are multiples of it."""
 
-_FAST = {"contract", "reassoc", "nsz", "arcp"}  # not nnan, not ninf: a NaN must stay visible
+_FAST = {"reassoc", "nsz", "arcp"}
+"""Not nnan, not ninf: a NaN must stay visible. Not contract: where all values of a channel are equal, a norm's
+``raw * scale + shift`` cancels to its bias only if the product is rounded as it was for the shift."""
+
 _FLAGS = ("contract", "reassoc", "nsz")
 _FLOAT, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _VECTOR = ir.VectorType(_FLOAT, LANES)
@@ -555,11 +558,11 @@ def _pack_input(
 
 @kernel
 def _pack_point_gradient(
-    grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, buffer: Array
+    grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, slot: int, buffer: Array
 ) -> float:
     """:func:`_pack_gradient` of 1 x 1 images."""
     count = min(geo.group, grad.shape[1] - first)
-    g, target = tail(channel(grad, c), first), tail(buffer, c * geo.plane)
+    g, target = tail(channel(grad, c), first), tail(buffer, slot * geo.plane)
     total = np.float32(0.0)
     if lines.shape[1]:
         y = tail(channel(raw, c), first)
@@ -576,16 +579,18 @@ def _pack_point_gradient(
 
 
 @kernel
-def _pack_gradient(grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, buffer: Array) -> float:
-    """Fill channel ``c`` of the gradient buffer with ``a * grad + b * raw + d``; returns the sum of what it holds.
+def _pack_gradient(
+    grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, slot: int, buffer: Array
+) -> float:
+    """Channel ``c`` of ``a * grad + b * raw + d``, to a slot of the gradient buffer; returns the sum of what it holds.
 
     lines: (3, channels, n): a, b, d, the backward pass of the norm behind the convolution; empty where there is none.
     """
     if _points(geo):
-        return _pack_point_gradient(grad, raw, lines, first, geo, c, buffer)
+        return _pack_point_gradient(grad, raw, lines, first, geo, c, slot, buffer)
     total = 0.0
     for b in range(geo.group):
-        start = c * geo.plane + geo.high_h * geo.row + geo.high_w * geo.group + b
+        start = slot * geo.plane + geo.high_h * geo.row + geo.high_w * geo.group + b
         there = first + b < grad.shape[1]
         a, k, d = np.float32(1.0), np.float32(0.0), np.float32(0.0)
         if there and lines.shape[1]:
@@ -828,7 +833,7 @@ def conv_backward(
         for c in range(geo.inputs):
             _pack_input(raw, scale, shift, relu, first, geo, c, buffer)
         for r in range(geo.outputs):
-            total = _pack_gradient(grad, out, lines, first, geo, r, gradient)
+            total = _pack_gradient(grad, out, lines, first, geo, r, r, gradient)
             if len(d_bias):
                 d_bias[r] += total
             _rows_dot(
@@ -855,3 +860,41 @@ def conv_backward(
                 count = starts[c * phases + f + 1] - k
                 _rows_sum(back, turned, k, count, gradient, 0, line, back_runs, geo.row, back_run)
                 _unpack_gradient(line, c, f, first, geo, raw, scale, shift, relu, before, d_raw, last, sums)
+
+
+@kernel
+def conv_weight_rows(
+    raw: Array,
+    scale: Array,
+    shift: Array,
+    relu: bool,
+    grad: Array,
+    out: Array,
+    lines: Array,
+    geo: Geometry,
+    start: int,
+    d_rows: Array,
+) -> None:
+    """The dense weight gradient of the output channels from ``start`` on: d_rows (channels * inputs * kernel,).
+
+    The other arguments are those of :func:`conv_backward`.
+    """
+    taps = geo.kernel_h * geo.kernel_w
+    cells = geo.inputs * taps
+    _, ahead, _ = _taps(geo)
+    offsets = np.empty(cells, np.int32)
+    phases = geo.stride_h * geo.stride_w
+    for c in range(geo.inputs):
+        for tap in range(taps):
+            offsets[c * taps + tap] = c * phases * geo.plane + ahead[tap]
+    buffer = np.zeros(geo.inputs * phases * geo.plane + LANES, np.float32)
+    gradient = np.zeros(geo.plane + LANES, np.float32)
+    runs, run = _runs(geo, geo.out_h, geo.out_w)
+    corner = geo.high_h * geo.row + geo.high_w * geo.group
+    d_rows[:] = 0
+    for first in range(0, raw.shape[1], geo.group):
+        for c in range(geo.inputs):
+            _pack_input(raw, scale, shift, relu, first, geo, c, buffer)
+        for r in range(len(d_rows) // cells):
+            _pack_gradient(grad, out, lines, first, geo, start + r, 0, gradient)
+            _rows_dot(offsets, 0, cells, buffer, gradient, corner, runs, geo.row, run, tail(d_rows, r * cells))

@@ -1,8 +1,8 @@
 """Element masks as positions, and tensors that hold the kept weights only.
 
 A mask names weights: name -> (kept,) int32, the ascending flat positions of the kept weights; a tensor that is not
-named is whole. *Compact* parameters hold, under a masked name, the (kept,) values in that order: what is not kept is not
-stored.
+named is whole. *Compact* parameters hold, under a masked name, the (kept,) values in that order: what is not kept is
+not stored.
 """
 
 from __future__ import annotations

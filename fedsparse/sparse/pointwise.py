@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedsparse.sparse.kernels import Array, active, kernel, row
+from fedsparse.sparse.kernels import Array, active, kernel, row, tail
 
 Window = tuple[int, int, int, int, int, int]
 
@@ -38,14 +38,13 @@ def finish(
 
     before: empty for none. ``out`` may be ``z`` or ``before``.
     """
-    nothing = np.empty(0, np.float32)
     for c in range(z.shape[0]):
         for n in range(z.shape[1]):
             s1, s2 = 0.0, 0.0
             a, d = scale[c, n], shift[c, n]
             for i in range(z.shape[2]):
                 g, y, to = row(z, c, n, i), row(raw, c, n, i), row(out, c, n, i)
-                held = row(before, c, n, i) if before.shape[0] else nothing
+                held = row(before, c, n, i) if before.shape[0] else tail(g, len(g))
                 for j in range(len(g)):
                     v = g[j]
                     if len(held):
