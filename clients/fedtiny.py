@@ -24,12 +24,12 @@ from fedsparse.packet import Packet, Scalar
 from fedsparse.regrow import gradient_tensors, named_counts
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import batches
+from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.masks import Mask
 from fedsparse.task import Client, Params, Split, Task
 
 AVERAGES = ("moving", "cumulative")
 PLACES = ("local", "global")
-_PIECE = 1 << 17  # gradients that the search looks at together
 
 
 @dataclass(frozen=True)
@@ -160,5 +160,5 @@ class FedTinyClient(SgdClient):
         names = [model.weights[name].name for name in counts]
         flops = cost.search_flops(model.layers, len(batch), names, model.cut(got.mask))
         tensors = gradient_tensors(found, model.sizes)
-        piece = max(cost.BYTES * min(_PIECE, model.sizes[name]) for name in counts)
+        piece = max(cost.BYTES * min(SEARCH_PIECE, model.sizes[name]) for name in counts)
         return tensors, flops, piece + sum(t.nbytes for t in tensors.values())

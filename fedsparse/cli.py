@@ -166,6 +166,7 @@ def _run(experiment: Experiment, out: Path | None, quiet: bool) -> Run:
     from fedsparse.report.progress import LiveProgress
     from fedsparse.runner import run
 
+    _log_to_standard_error(quiet)
     if quiet:
         return run(experiment, out=out)
     for note in experiment.notes:
@@ -175,6 +176,17 @@ def _run(experiment: Experiment, out: Path | None, quiet: bool) -> Run:
         return run(experiment, out=out, on_round=progress)
     finally:
         progress.close()
+
+
+def _log_to_standard_error(quiet: bool) -> None:
+    """The library's own lines, such as that it compiles something; only warnings with ``quiet``."""
+    import logging
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    logger = logging.getLogger("fedsparse")
+    logger.handlers = [handler]
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
 
 
 def _print_result(done: Run, quiet: bool, as_json: bool) -> None:

@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.errors import UserError, unknown
+from fedsparse.threads import one_thread
 
 Cut = Mapping[str, tuple[float, float]]
 """Layer name -> (weight density, output density), both in [0, 1]; a layer that is absent is dense.
@@ -83,23 +83,12 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, tokens: bool = False)
         clone.get_submodule(name).register_forward_hook(_Recorder(layers, name))
     x = torch.zeros(1, *input_shape, dtype=torch.int64 if tokens else torch.float32)
     try:
-        with _one_thread(), torch.enable_grad():  # with gradients, since they tell which layers need them
+        with one_thread(), torch.enable_grad():  # with gradients, since they tell which layers need them
             clone(x)
     except (RuntimeError, ValueError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model does not run on inputs of shape {tuple(input_shape)}: {reason}") from error
     return tuple(layers.values())
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """No thread pool is started here: the local engine forks its workers later."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _zero_copy(model: nn.Module) -> nn.Module:

@@ -19,12 +19,14 @@ from fedsparse.budget import BudgetConfig
 from fedsparse.data import PartitionConfig
 from fedsparse.errors import UserError, unknown
 from fedsparse.method import hyper_parameters, load_method, method_names
+from fedsparse.sparse import CHOICES
 
 Scalar = bool | int | float | str
 Tree = dict[str, Any]  # what a TOML file holds
 
 _HOME = Path(__file__).resolve().parent
-_TABLES = ("partition", "budget", "method", "engine", "evaluate")
+_TABLES = ("partition", "budget", "method", "engine", "evaluate", "crossover")
+_FREE = ("method", "crossover")  # tables without a dataclass of their own
 _RECORD = "resolved"  # the table that a run folder's config.toml adds: facts about that run, not settings
 _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
@@ -67,6 +69,8 @@ class Experiment:
     channels and features, above 0. norm: "batch" or "group". narrow: "" or the dense control, a model narrowed to
     ``narrow_to`` (0, 1] of the "parameters" or the "multiply_adds" ("" = as it is). rounds: communication rounds.
     fraction: of clients in a round, (0, 1]. device: "cpu", "cuda" or "auto". name: of the run folder.
+    sparse: how layers under an element mask are computed: "dense", "sparse", or "auto" for what is faster at their
+    density; crossover: for "auto", by layer the density from which on dense is faster ({} = measured, once a machine).
     client: a client half to put under the method's server half. method: a name, ``pkg.module:Class`` or a file;
     hyper: its hyper-parameters, flat scalars. notes: what was left out while reading; not part of the experiment.
     """
@@ -81,6 +85,7 @@ class Experiment:
     fraction: float = 1.0
     seed: int = 0
     device: str = "cpu"
+    sparse: str = "auto"
     name: str = ""
     client: str = ""
     partition: PartitionConfig = field(default_factory=PartitionConfig)
@@ -89,6 +94,7 @@ class Experiment:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     method: str = "pfedgate"
     hyper: Mapping[str, Scalar] = field(default_factory=dict)
+    crossover: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -101,6 +107,9 @@ class Experiment:
         _check_choice("norm", self.norm, ("batch", "group"))
         _check_choice("narrow", self.narrow, ("", "parameters", "multiply_adds"))
         _check_choice("device", self.device, ("cpu", "cuda", "auto"))
+        _check_choice("sparse", self.sparse, CHOICES)
+        for name, value in self.crossover.items():
+            _check_least(f"crossover.{name}", _coerce(f"crossover.{name}", value, float), 0)
         if not 0 < self.width <= 64:
             raise UserError(f"width must be in (0, 64], got {self.width}")
         for key in ("dataset", "method"):
@@ -112,8 +121,9 @@ class Experiment:
     def to_dict(self) -> Tree:
         """Every value, as a TOML file would hold it: flat keys first, then the tables."""
         flat = {key: getattr(self, key) for key in _flat_hints()}
-        tables = {key: _plain(getattr(self, key)) for key in _TABLES if key != "method"}
-        return {**flat, "method": {"name": self.method, **self.hyper}, **tables}
+        tables = {key: _plain(getattr(self, key)) for key in _TABLES if key not in _FREE}
+        free = {"method": {"name": self.method, **self.hyper}, "crossover": dict(self.crossover)}
+        return {**flat, **free, **tables}
 
     def to_toml(self) -> str:
         """The experiment as a TOML file that ``load_experiment`` reads back to the same experiment."""
@@ -271,12 +281,14 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> Tree:
 
 def _flat_hints() -> dict[str, Any]:
     """The flat keys of a file with their types."""
-    own = ("partition", "budget", "engine", "evaluate", "method", "hyper", "notes")
+    own = (*_TABLES, "hyper", "notes")
     return {key: hint for key, hint in get_type_hints(Experiment).items() if key not in own}
 
 
 def _table(name: str, values: Any) -> Any:
-    """The configuration dataclass of one table."""
+    """The configuration dataclass of one table; the free table of crossovers as it is."""
+    if name == "crossover":
+        return _expect_table(name, values)
     config = get_type_hints(Experiment)[name]
     hints = get_type_hints(config)
     known = [f.name for f in dataclasses.fields(config)]
@@ -310,7 +322,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
 # --- checking ----------------------------------------------------------------------------------------------------
 
 
-def _check_least(key: str, value: int, least: int) -> None:
+def _check_least(key: str, value: float, least: int) -> None:
     if value < least:
         raise UserError(f"{key} must be at least {least}, got {value}")
 

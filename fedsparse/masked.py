@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight
 
 from fedsparse.errors import UserError
+from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.masks import Mask, spread
 from fedsparse.sparse.representation import executor_for
 from fedsparse.task import Score, Split, Task, score
@@ -92,9 +93,6 @@ def _loss_gradient(task: Task, logits: Tensor, y: Tensor) -> Tensor:
     return grad
 
 
-_CHUNK = 1 << 15  # gradients looked at together
-
-
 class _Top:
     """The ``a`` largest of the values that are shown piece by piece, kept positions left out."""
 
@@ -147,7 +145,7 @@ class _Probe:
         weight = layer.weight
         assert isinstance(weight, Tensor)
         row = weight[0].numel()
-        step = max(1, _CHUNK // row)
+        step = max(1, SEARCH_PIECE // row)
         for start in range(0, len(weight), step):
             part = dy[:, start : start + step]
             self.found.show(start * row, _weight_gradient(layer, x, part).reshape(-1))
@@ -159,7 +157,6 @@ def _weight_gradient(layer: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
         return dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
     if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1:
         shape = (dy.shape[1], *layer.weight.shape[1:])
-        grad = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
-        out: Tensor = grad(x, shape, dy, layer.stride, layer.padding, layer.dilation)
-        return out
+        grad: Callable[..., Tensor] = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
+        return grad(x, shape, dy, layer.stride, layer.padding, layer.dilation)
     raise UserError(f"gradients of pruned weights of a {type(layer).__name__} cannot be searched")

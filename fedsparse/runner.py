@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +25,21 @@ from fedsparse.client import client_app
 from fedsparse.cost import memory_bytes, trace, train_flops
 from fedsparse.data import FederatedData, federate, load_dataset
 from fedsparse.engine.local import LocalGrid
-from fedsparse.errors import ClientError, UserError
+from fedsparse.errors import ClientError, UserError, unknown
 from fedsparse.experiment import Experiment, toml_text
 from fedsparse.method import Method, build, hyper_parameters, load_method
 from fedsparse.models import build_model
 from fedsparse.packet import Packet, decode
 from fedsparse.report.summary import Facts, summarise
 from fedsparse.seeding import seed_of
+from fedsparse.sparse.representation import prepare, why_dense
 from fedsparse.strategy import FederatedStrategy, Plan, State
-from fedsparse.task import Client, Device, Score, Task
+from fedsparse.task import Client, Device, Score, Split, Task
 
 OnRound = Callable[[dict[str, Any]], None]
 _BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
-_PACKAGES = ("fedsparse", "torch", "numpy", "flwr")
+_PACKAGES = ("fedsparse", "torch", "numpy", "numba", "flwr")
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Federation:
-    """What an experiment trains: the task, the clients with their data and budgets, and what was noted on the way."""
+    """What an experiment trains: the task, the clients with their data and budgets, what was noted on the way, and the
+    examples that were held out for the server."""
 
     task: Task
     clients: tuple[Client, ...]
     model: str
     notes: tuple[str, ...]
+    server: Split | None = None
 
 
 def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRound | None = None) -> Run:
@@ -72,9 +76,11 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     start = time.perf_counter()
     method = load_method(experiment.method, experiment.client)
     strategy = build(method, experiment.hyper)
-    federation = federation_of(experiment)
+    federation = federation_of(experiment, masked_batch=_batch_size(strategy) if strategy.masked else 0)
     devices = [client.device for client in federation.clients]
-    strategy.init(federation.task, devices)  # budgets that cannot be met are refused before anything is written
+    strategy.server_data = federation.server
+    state = strategy.init(federation.task, devices)  # what cannot be met is refused before anything is written
+    strategy.scheduled(federation.task, state, experiment.rounds)
     directory = _new_directory(experiment, method.name, out)
     record = _Recorder(directory, federation, on_round)
     with _errors_to(directory):
@@ -119,19 +125,44 @@ class _Recorder:
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-def federation_of(experiment: Experiment) -> Federation:
-    """Load and partition the data, build the model (initial parameters fixed by the seed), assign the budgets."""
+def federation_of(experiment: Experiment, *, masked_batch: int = 0) -> Federation:
+    """Load and partition the data, build the model (initial parameters fixed by the seed), assign the budgets.
+
+    masked_batch: the largest batch of clients that train under an element mask, 0 = none do. Then the representation of
+    each layer is chosen here, once for the run.
+    """
     data = federate(load_dataset(experiment.dataset), experiment.partition, experiment.seed)
     model_name = experiment.model or data.default_model
     if experiment.device == "cuda":
         raise UserError('device \'cuda\' is not supported yet; use "cpu" or "auto" (which is the cpu, for now)')
     task, notes = _task(experiment, data, model_name)
+    if masked_batch:
+        notes = (*notes, *_choose_representation(experiment, task, masked_batch))
     budgets = assign(experiment.budget, range(len(data.clients)))
     clients = tuple(
         Client(Device(i, budgets[i]), c.train, c.validation, c.test, experiment.evaluate.split)
         for i, c in enumerate(data.clients)
     )
-    return Federation(task, clients, model_name, (*data.notes, *notes))
+    return Federation(task, clients, model_name, (*data.notes, *notes), data.server)
+
+
+def _choose_representation(experiment: Experiment, task: Task, batch: int) -> tuple[str, ...]:
+    """Fix from which density on each layer is computed masked dense; a note where all of the model is."""
+    reason = why_dense(task.model, task.input_shape)
+    if reason:
+        if experiment.sparse == "sparse":
+            raise UserError(f'sparse = "sparse" is not possible for this model: {reason}; use "auto" or "dense"')
+        return () if experiment.sparse == "dense" else (f"all layers are computed masked dense: {reason}",)
+    chosen = prepare(task.model, task.input_shape, experiment.sparse, batch, experiment.crossover)
+    for name in experiment.crossover:
+        if name not in chosen:
+            raise unknown("layer in [crossover]", name, chosen)
+    task.crossover = chosen
+    return ()
+
+
+def _batch_size(strategy: FederatedStrategy) -> int:
+    return int(strategy.client_config.get("batch_size", 32))
 
 
 def _task(experiment: Experiment, data: FederatedData, name: str) -> tuple[Task, tuple[str, ...]]:
@@ -177,7 +208,7 @@ def _plan(experiment: Experiment) -> Plan:
 def digest(state: State, memories: Mapping[int, Mapping[str, Tensor]]) -> str:
     """A SHA-256 of the final parameters and all client memories, bit for bit."""
     sha = hashlib.sha256()
-    for owner, tensors in (("state", state.params), *((str(i), memories[i]) for i in sorted(memories))):
+    for owner, tensors in (("state", state.tensors()), *((str(i), memories[i]) for i in sorted(memories))):
         for name in sorted(tensors):
             t = tensors[name].contiguous().cpu()
             sha.update(f"{owner}/{name} {t.dtype} {tuple(t.shape)}\n".encode())
@@ -237,7 +268,7 @@ def _write(path: Path, text: str) -> None:
 def _config(experiment: Experiment, method: Method, federation: Federation) -> str:
     """The experiment with every default filled in, and what it was run with."""
     hyper = {**hyper_parameters(method), **experiment.hyper}
-    resolved = replace(experiment, model=federation.model).to_dict()
+    resolved = replace(experiment, model=federation.model, crossover=federation.task.crossover).to_dict()
     resolved["method"] = {"name": experiment.method, experiment.method: hyper}  # under its name: of no other method
     facts = {
         "clients": len(federation.clients),
@@ -245,7 +276,7 @@ def _config(experiment: Experiment, method: Method, federation: Federation) -> s
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "commit": _commit(),
-        **{name: version(name) for name in _PACKAGES},
+        **{name: version(name) for name in _PACKAGES if name != "numba" or find_spec(name)},
         **{name: os.environ[name] for name in _BITS if name in os.environ},
     }
     return toml_text(resolved) + "\n" + toml_text({"resolved": facts})
@@ -288,7 +319,7 @@ def _save_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def _save_tensors(path: Path, state: State, memories: Mapping[int, Mapping[str, Tensor]]) -> None:
     from safetensors.torch import save_file
 
-    named = {f"state/{name}": t for name, t in state.params.items()}
+    named = {f"state/{name}": t for name, t in state.tensors().items()}
     named |= {f"client/{i}/{name}": t for i, memory in memories.items() for name, t in memory.items()}
     part = path.with_name(path.name + ".part")
     save_file({name: t.contiguous().clone() for name, t in named.items()}, part)
@@ -306,7 +337,7 @@ def _summary(
 ) -> dict[str, Any]:
     reference = federation.task.reference
     layers = trace(reference, federation.task.input_shape, tokens=federation.task.tokens)
-    epochs, batch = int(strategy.client_config.get("epochs", 1)), int(strategy.client_config.get("batch_size", 32))
+    epochs, batch = int(strategy.client_config.get("epochs", 1)), _batch_size(strategy)
     copies = 1 if strategy.client_config.get("momentum") else 0
     samples = sum(len(c.train) for c in federation.clients) / len(federation.clients) * epochs
     dense = {

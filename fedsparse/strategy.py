@@ -112,12 +112,14 @@ class _Session:
 class FederatedStrategy(Strategy):
     """A server half: a dataclass of flat hyper-parameters. Subclasses are final and define init, broadcast, reduce.
 
+    masked: whether clients train compact parameters under an element mask.
     preparation: the stages that come before round 1; each is an exchange like a round, numbered 0, without evaluation.
     client_spec: another client half than the method's own. client_config: the client half's hyper-parameters.
     server_data: examples that the server has, None = none.
     """
 
     client: ClassVar[str]
+    masked: ClassVar[bool] = False
     preparation: ClassVar[tuple[str, ...]] = ()
     client_spec: str = field(default="", kw_only=True)
     client_config: Mapping[str, Any] = field(default_factory=dict, kw_only=True)

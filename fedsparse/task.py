@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -178,7 +178,7 @@ class Task:
             return score(model, data)
 
 
-def score(predict: nn.Module, data: Split) -> Score:
+def score(predict: Callable[[Tensor], Tensor], data: Split) -> Score:
     """Right answers and mean loss of a function from inputs to logits, in batches of fixed size."""
     correct, loss = 0, 0.0
     with torch.no_grad():

@@ -89,6 +89,7 @@ class FedTiny(FederatedStrategy):
     """
 
     client: ClassVar[str] = "fedtiny"
+    masked: ClassVar[bool] = True
     preparation: ClassVar[tuple[str, ...]] = ("calibrate", "probe")
     density: float = 0.1
     density_kind: str = "nominal"

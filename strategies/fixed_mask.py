@@ -47,6 +47,7 @@ class FixedMask(FederatedStrategy):
     """
 
     client: ClassVar[str] = "fixed_mask"
+    masked: ClassVar[bool] = True
     density: float = 0.1
     density_kind: str = "nominal"
     layer_densities: str = "erk"

@@ -15,13 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsparse.sparse import kernels, pointwise
+from fedsparse.sparse import SEARCH_PIECE, kernels, pointwise
 from fedsparse.sparse.masks import Mask, spread
 from fedsparse.sparse.program import Op, Program, Value
 
 Array = np.ndarray[Any, Any]
 Show = Callable[[int, Tensor], None]
-_SHOWN = 1 << 15  # gradients of pruned weights that exist at a time
 _NONE4 = np.empty((0, 0, 0, 0), np.float32)
 _NO_LINES = np.empty((3, 0, 0), np.float32)
 _NO_SUMS = np.empty((2, 0, 0))
@@ -106,7 +105,7 @@ class Executor:
         """
         leaves = [params[name] for name in self.parameters]
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            out: Tensor = _Function.apply(self, params, x, train, *leaves)
+            out: Tensor = _Function.apply(self, params, x, train, *leaves)  # type: ignore[no-untyped-call]
             return out
         with torch.no_grad():
             run = Run(self, params, x, train=train, keep=False)
@@ -182,8 +181,9 @@ class Run:
         self.unread = list(self.program.uses)
         self.maker = {op.target: number for number, op in enumerate(self.program.ops)}
         value = self.program.values[0]
-        self.raw[0] = self.buffers.take((value.channels, self.n, value.height, value.width))
-        self.raw[0][...] = _array(x).reshape(self.n, value.channels, value.height, value.width).transpose(1, 0, 2, 3)
+        first = self.buffers.take((value.channels, self.n, value.height, value.width))
+        first[...] = _array(x).reshape(self.n, value.channels, value.height, value.width).transpose(1, 0, 2, 3)
+        self.raw[0] = first
         self._normalise(0, None)
 
     # --- forward
@@ -435,7 +435,7 @@ class Run:
         operand = self._operand(op.sources[0])
         out = self._operand(op.target).raw if lines.size else _NONE4
         outputs, cells = self.program.values[op.target].channels, operand.raw.shape[0] * op.kernel[0] * op.kernel[1]
-        step = max(1, _SHOWN // cells)
+        step = max(1, SEARCH_PIECE // cells)
         for start in range(0, outputs, step):
             rows = np.empty(min(step, outputs - start) * cells, np.float32)
             kernels.conv_weight_rows(
@@ -592,14 +592,14 @@ class _Function(torch.autograd.Function):
     """The whole network as one node of torch's graph."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, executor: Executor, params: Mapping[str, Tensor], x: Tensor, train: bool, *leaves: Tensor
     ) -> Tensor:
-        ctx.run = Run(executor, params, x, train=train)
-        return ctx.run.forward()
+        run = ctx.run = Run(executor, params, x, train=train)
+        return run.forward()
 
     @staticmethod
-    def backward(ctx: Any, d_logits: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, d_logits: Tensor) -> tuple[Any, ...]:
         grads = ctx.run.backward(d_logits.contiguous())
         names = ctx.run.executor.parameters
         return (None, None, None, None, *(torch.from_numpy(grads[name]) for name in names))

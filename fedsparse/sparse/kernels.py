@@ -29,7 +29,8 @@ from numba import extending, njit, types
 from numba.core import cgutils
 
 Array = Any  # a NumPy array inside compiled code
-intrinsic: Any = extending.intrinsic  # as it calls them, compiled functions have one argument less
+Real = Any  # a float32 or float64 there
+intrinsic: Any = extending.intrinsic  # compiled functions call these with one argument less
 
 LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 """Floats in a vector register; run lengths are multiples of it."""
@@ -75,10 +76,6 @@ class Geometry(NamedTuple):
     plane: int
     flat: int
 
-    @property
-    def phases(self) -> int:
-        return self.stride_h * self.stride_w
-
 
 def geometry(
     inputs: int,
@@ -114,22 +111,32 @@ def geometry(
     run = _round(outs[1] * group)
     row = max(columns * group, run)
     flat = int(row * (outs[0] - 1) + run < 1.1 * outs[0] * _cost(run)) if outs[0] > 1 else 0
+    (height, width), (kernel_h, kernel_w), (stride_h, stride_w) = size, kernel, stride
     return Geometry(
-        inputs,
-        *size,
-        outputs,
-        *outs,
-        *kernel,
-        *stride,
-        *padding,
-        *dilation,
-        group,
-        *lows,
-        *highs,
-        *phase,
-        row,
-        rows * row + (LANES if flat else 0),  # a flat run may end behind the last row
-        flat,
+        inputs=inputs,
+        height=height,
+        width=width,
+        outputs=outputs,
+        out_h=outs[0],
+        out_w=outs[1],
+        kernel_h=kernel_h,
+        kernel_w=kernel_w,
+        stride_h=stride_h,
+        stride_w=stride_w,
+        pad_h=padding[0],
+        pad_w=padding[1],
+        dilation_h=dilation[0],
+        dilation_w=dilation[1],
+        group=group,
+        low_h=lows[0],
+        low_w=lows[1],
+        high_h=highs[0],
+        high_w=highs[1],
+        phase_h=phase[0],
+        phase_w=phase[1],
+        row=row,
+        plane=rows * row + (LANES if flat else 0),  # a flat run may end behind the last row
+        flat=flat,
     )
 
 
@@ -137,7 +144,7 @@ def _round(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
-def _cost(run: int) -> float:
+def _cost(run: int) -> Real:
     """What a run costs, in floats of a long run: short blocks pay for the list of non-zeros again."""
     blocks, rest = divmod(run // LANES, 8)
     return LANES * (8 * blocks + {0: 0}.get(rest, rest + 2.0))
@@ -331,7 +338,7 @@ _dots8, _dots4, _dots1 = _dots(8), _dots(4), _dots(1)
 
 def kernel(function: Callable[..., Any]) -> Any:
     """Compile at first call; keep the result on disk where a folder for it can be written."""
-    options = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+    options: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder to write to
@@ -427,7 +434,7 @@ def _begins(positions: Array, geo: Geometry) -> Array:
 
 
 @kernel
-def _channel(rest: int, taps: int, per_tap: float) -> int:
+def _channel(rest: int, taps: int, per_tap: Real) -> int:
     """``rest // taps``. Exact for 31-bit numbers, and several times as fast as a 64-bit division."""
     return rest if taps == 1 else int((rest + 0.5) * per_tap)
 
@@ -484,14 +491,14 @@ def _transposed(positions: Array, values: Array, rows: Array, geo: Geometry) -> 
 
 
 @kernel
-def active(v: float, scale: float, shift: float, relu: bool) -> float:
+def active(v: Real, scale: Real, shift: Real, relu: bool) -> Real:
     z = v * scale + shift
     return np.float32(0.0) if relu and z < 0 else z  # a NaN passes
 
 
 @kernel
 def _pack_row(
-    source: Array, step: int, count: int, scale: float, shift: float, relu: bool, target: Array, pitch: int
+    source: Array, step: int, count: int, scale: Real, shift: Real, relu: bool, target: Array, pitch: int
 ) -> None:
     """Every ``step``-th float of a row through its norm and ReLU, to every ``pitch``-th of the target."""
     if step == 1 and pitch == 1:
@@ -559,7 +566,7 @@ def _pack_input(
 @kernel
 def _pack_point_gradient(
     grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, slot: int, buffer: Array
-) -> float:
+) -> Real:
     """:func:`_pack_gradient` of 1 x 1 images."""
     count = min(geo.group, grad.shape[1] - first)
     g, target = tail(channel(grad, c), first), tail(buffer, slot * geo.plane)
@@ -581,7 +588,7 @@ def _pack_point_gradient(
 @kernel
 def _pack_gradient(
     grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, slot: int, buffer: Array
-) -> float:
+) -> Real:
     """Channel ``c`` of ``a * grad + b * raw + d``, to a slot of the gradient buffer; returns the sum of what it holds.
 
     lines: (3, channels, n): a, b, d, the backward pass of the norm behind the convolution; empty where there is none.
@@ -603,7 +610,7 @@ def _pack_gradient(
                 continue
             g = row(grad, c, first + b, i)
             y = row(raw, c, first + b, i) if lines.shape[1] else g
-            part = np.float32(0.0)
+            part: Real = np.float32(0.0)
             if geo.group == 1:
                 for j in range(geo.out_w):
                     v = a * g[j] + k * y[j] + d
@@ -622,7 +629,7 @@ def _pack_gradient(
 
 
 @kernel
-def _unpack_output(line: Array, r: int, first: int, geo: Geometry, constant: float, out: Array, sums: Array) -> None:
+def _unpack_output(line: Array, r: int, first: int, geo: Geometry, constant: Real, out: Array, sums: Array) -> None:
     """Write one output channel of a tile, and its sums for the norm behind."""
     count = min(geo.group, out.shape[1] - first)
     if _points(geo):
@@ -697,11 +704,11 @@ def _finish_row(
     raw: Array,
     step: int,
     count: int,
-    scale: float,
-    shift: float,
+    scale: Real,
+    shift: Real,
     relu: bool,
     out: Array,
-) -> tuple[float, float]:
+) -> tuple[Real, Real]:
     """``out = (z + held) * relu'``: a row of a gradient; returns its sum and that of its products with ``raw``.
 
     pitch: of z; step: of held, raw and out; an empty ``held`` is zero.

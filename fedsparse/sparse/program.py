@@ -136,7 +136,7 @@ class _Reader:
         if node.op == "call_module":
             return self.model.get_submodule(str(node.target)), sources
         if node.op == "call_function":
-            return _FUNCTIONS.get(node.target), sources  # type: ignore[arg-type]
+            return _FUNCTIONS.get(node.target), sources
         return node.target if node.op == "call_method" else None, sources
 
     # --- operations
@@ -256,7 +256,7 @@ _MODULES: tuple[tuple[Any, Callable[[_Reader, nn.Module, str, fx.Node], int]], .
     (nn.Flatten, _Reader._flatten),
     ((nn.Identity, nn.Dropout), _Reader._nothing),
 )
-_FROM_FIRST = (((1,), {}), ((1, -1), {}), ((), {"start_dim": 1}))
+_FROM_FIRST: tuple[tuple[Any, dict[str, Any]], ...] = (((1,), {}), ((1, -1), {}), ((), {"start_dim": 1}))
 _FUNCTIONS: dict[Any, str] = {
     operator.add: "add",
     torch.add: "add",

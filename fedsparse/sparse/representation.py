@@ -8,10 +8,13 @@ shape and on the machine, so it is measured once per machine, kept in a file, an
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,11 +27,11 @@ from torch import nn
 
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.program import Op, Program, UnsupportedError, Value, read_program
+from fedsparse.threads import one_thread
 
 if TYPE_CHECKING:
     from fedsparse.sparse.executor import Executor
 
-CHOICES = ("auto", "dense", "sparse")
 DEFAULT_CROSSOVER = 0.2
 """Of a layer that was not measured: between those of linear layers (0.1) and of 3x3 convolutions (0.4)."""
 
@@ -38,6 +41,7 @@ _WORK = 5e8  # multiply-adds of a dense layer that is timed
 _LOW, _HIGH = 0.02, 0.2  # densities that are timed
 
 Crossover = Mapping[str, float]
+_log = logging.getLogger("fedsparse")
 _programs: WeakKeyDictionary[nn.Module, Program | UnsupportedError] = WeakKeyDictionary()
 
 
@@ -101,12 +105,67 @@ def _weights(program: Program, op: Op) -> int:
 # ------------------------------------------------------------------------------------------------- measuring
 
 
+def prepare(
+    model: nn.Module, input_shape: tuple[int, ...], choice: str, batch: int, given: Crossover | None = None
+) -> dict[str, float]:
+    """What a driver does once, before it starts workers: compile or load the kernels, and find the crossovers.
+
+    choice and batch: as for :func:`crossovers`. given: crossovers that are known, for "auto". Says so where it takes
+    more than two seconds. Raises UnsupportedError for a model without a sparse form.
+    """
+    program = program_of(model, input_shape)
+    if choice == "dense":
+        return crossovers(model, input_shape, choice, batch)
+    with one_thread():
+        with _saying("compiling the sparse kernels, once per machine (about 20 seconds)"):
+            _warm_up(program, input_shape)
+        with _saying("measuring from which density on dense layers are faster, once per machine and model"):
+            return crossovers(model, input_shape, choice, batch, given=given)
+
+
+@contextmanager
+def _saying(text: str) -> Iterator[None]:
+    """Log a line if what follows takes long. The timer's thread is gone afterwards: workers may be forked."""
+    timer = threading.Timer(2.0, _log.info, (text,))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def _warm_up(program: Program, input_shape: tuple[int, ...]) -> None:
+    """One pass of the program at almost no density: compiles whatever it needs, the search of gradients too."""
+    from fedsparse.sparse.executor import Executor
+
+    params: dict[str, torch.Tensor] = {}
+    mask = {}
+    for value in program.values:
+        if value.norm is not None:
+            parts = ("weight", "bias", "running_mean", "running_var")
+            params |= {f"{value.norm.name}.{part}": torch.ones(value.channels) for part in parts}
+    for op in program.ops:
+        if op.kind == "conv":
+            mask[f"{op.name}.weight"] = torch.zeros(1, dtype=torch.int32)
+            params[f"{op.name}.weight"] = torch.ones(1)
+            params[f"{op.name}.bias"] = torch.zeros(program.values[op.target].channels)
+    last = next(op.name for op in reversed(program.ops) if op.kind == "conv")
+    Executor(program, mask).search(params, torch.zeros(1, *input_shape), torch.ones_like, {last: lambda *_: None})
+
+
 def crossovers(
-    model: nn.Module, input_shape: tuple[int, ...], choice: str, batch: int, cache: Path | None = None
+    model: nn.Module,
+    input_shape: tuple[int, ...],
+    choice: str,
+    batch: int,
+    cache: Path | None = None,
+    given: Crossover | None = None,
 ) -> dict[str, float]:
     """The crossover of each layer for "auto" (measured, or read from the cache), "dense" or "sparse".
 
-    batch: examples of a training step. cache: a folder; None = that of :func:`cache_folder`. Raises UnsupportedError.
+    batch: examples of a training step. cache: a folder; None = that of :func:`cache_folder`. given: what "auto" need
+    not measure. Raises UnsupportedError.
     """
     program = program_of(model, input_shape)
     layers = [op for op in program.ops if op.kind == "conv"]
@@ -115,13 +174,17 @@ def crossovers(
     folder = cache or cache_folder()
     known = _read(folder)
     new: dict[str, float] = {}
+    given = given or {}
     for op in layers:
+        if op.name in given:
+            continue
         key = _key(program, op, batch)
         if key not in known and key not in new:
             new[key] = _measure(program, op, batch)
     if new:
         _write(folder, {**known, **new})
-    return {op.name: {**known, **new}[_key(program, op, batch)] for op in layers}
+    known |= new
+    return {op.name: given[op.name] if op.name in given else known[_key(program, op, batch)] for op in layers}
 
 
 def cache_folder() -> Path:
