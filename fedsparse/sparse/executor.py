@@ -21,6 +21,7 @@ from fedsparse.sparse.program import Op, Program, Value
 
 Array = np.ndarray[Any, Any]
 Show = Callable[[int, Tensor], None]
+_CACHED = 1 << 18  # floats of a tile that stay in the cache
 _NONE4 = np.empty((0, 0, 0, 0), np.float32)
 _NO_LINES = np.empty((3, 0, 0), np.float32)
 _NO_SUMS = np.empty((2, 0, 0))
@@ -69,8 +70,33 @@ class Operand:
     shift: Array
     relu: bool
 
-    def parts(self) -> tuple[Array, Array, Array, bool]:
-        return self.raw, self.scale, self.shift, self.relu
+    def parts(self, layout: Layout | None = None) -> tuple[Array, Array, Array, bool]:
+        if layout is None:
+            return self.raw, self.scale, self.shift, self.relu
+        return layout.view(self.raw), layout.factors(self.scale), layout.factors(self.shift), self.relu
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a convolution lies in memory.
+
+    images: the batch; for a linear layer, whose examples lie side by side, these are the columns of so many images of
+    height 1, which gives long runs.
+    """
+
+    geometry: kernels.Geometry
+    images: int
+
+    def view(self, array: Array) -> Array:
+        """(channels, n, h, w) in this layout."""
+        if not array.size:
+            return array
+        c, n = array.shape[:2]
+        return array if n == self.images else array.reshape(c, self.images, 1, n // self.images)
+
+    def factors(self, array: Array) -> Array:
+        """(..., n) factors, equal for all examples where there are fewer images than those."""
+        return np.ascontiguousarray(array[..., : self.images])
 
 
 @dataclass
@@ -95,7 +121,7 @@ class Executor:
         self.dense = dense
         self.buffers = Buffers()
         self.parameters = tuple(_parameter_names(program))
-        self._geometries: dict[tuple[int, int], kernels.Geometry] = {}
+        self._layouts: dict[tuple[int, int, int], Layout] = {}
         self._positions: dict[str, Array] = {}
 
     def logits(self, params: Mapping[str, Tensor], x: Tensor, *, train: bool) -> Tensor:
@@ -126,23 +152,28 @@ class Executor:
         run = Run(self, params, x, train=True, shows=shows)
         run.backward(d_logits(run.forward()))
 
-    def geometry(self, number: int, n: int) -> kernels.Geometry:
-        """The layout of the number-th operation for ``n`` examples."""
-        key = (number, n)
-        if key not in self._geometries:
+    def layout(self, number: int, n: int, outputs: int = 0) -> Layout:
+        """The layout of the number-th operation for ``n`` examples; ``outputs``: of its first channels only."""
+        key = (number, n, outputs)
+        if key not in self._layouts:
             op = self.program.ops[number]
             source, target = self.program.values[op.sources[0]], self.program.values[op.target]
-            self._geometries[key] = kernels.geometry(
+            size, images = (source.height, source.width), n
+            if _is_vector_product(source, target):
+                images = _images_of_vectors(n, source.channels)
+                size = (1, n // images)
+            geometry = kernels.geometry(
                 source.channels,
-                (source.height, source.width),
-                target.channels,
+                size,
+                outputs or target.channels,
                 op.kernel,
                 stride=op.stride,
                 padding=op.padding,
                 dilation=op.dilation,
-                batch=n,
+                batch=images,
             )
-        return self._geometries[key]
+            self._layouts[key] = Layout(geometry, images)
+        return self._layouts[key]
 
     def positions(self, name: str, size: int) -> Array:
         """The kept positions of a layer's weight, all of them where it has no mask."""
@@ -223,13 +254,23 @@ class Run:
             sums = self._convolve(number, op, operands[0], out)
         elif op.kind == "add":
             pointwise.add(*operands[0].parts(), *operands[1].parts(), out)
-        elif op.kind == "flatten":
-            pointwise.flatten(*operands[0].parts(), out)
+        elif op.kind == "max":
+            pointwise.max_pool(*operands[0].parts(), _window(op), out)
         else:
-            pool = pointwise.max_pool if op.kind == "max" else pointwise.mean_pool
-            pool(*operands[0].parts(), _window(op), out)
+            self._rearrange(op, operands[0], out)
         self.raw[op.target] = out
         return sums
+
+    def _rearrange(self, op: Op, operand: Operand, out: Array) -> None:
+        """The mean over windows, or features in the place of channels and positions."""
+        read = self.buffers.take(operand.raw.shape)
+        pointwise.values_of(*operand.parts(), read)
+        if op.kind == "mean":
+            np.mean(_windows(read, op), axis=(3, 5), out=out)
+        else:
+            c, n, h, w = read.shape
+            out.reshape(c, h, w, n)[...] = read.transpose(0, 2, 3, 1)
+        self.buffers.give(read)
 
     def _convolve(self, number: int, op: Op, operand: Operand, out: Array) -> Array | None:
         weight, bias = self._weight(op)
@@ -238,10 +279,11 @@ class Run:
             if len(bias):
                 out += bias[:, None, None, None]
             return None
-        sums = np.empty((2, *out.shape[:2])) if self._needs_sums(op.target) else _NO_SUMS
-        geometry = self.executor.geometry(number, self.n)
+        layout = self.executor.layout(number, self.n)
+        sums = np.empty((2, len(out), layout.images)) if self._needs_sums(op.target) else _NO_SUMS
         positions = self.executor.positions(f"{op.name}.weight", weight.size)
-        kernels.conv_forward(*operand.parts(), positions, weight, bias, geometry, out, sums)
+        parts = operand.parts(layout)
+        kernels.conv_forward(*parts, positions, weight, bias, layout.geometry, layout.view(out), sums)
         return sums if sums.size else None
 
     def _convolve_dense(self, op: Op, operand: Operand, out: Array) -> None:
@@ -424,22 +466,38 @@ class Run:
             if op.kind == "max":
                 pointwise.max_pool_backward(*operand.parts(), _window(op), self._operand(op.target).raw, grad, out)
             elif op.kind == "mean":
-                pointwise.mean_pool_backward(grad, _window(op), out)
+                out[:] = 0
+                _windows(out, op)[...] = grad[:, :, :, None, :, None] / (op.kernel[0] * op.kernel[1])
             else:
-                pointwise.flatten_backward(grad, out)
+                c, n, h, w = out.shape
+                out[...] = grad.reshape(c, h, w, n).transpose(0, 3, 1, 2)
             flow.give(source, out)
         self.buffers.give(grad)
 
     def _show(self, number: int, op: Op, flow: _Flow, lines: Array, show: Show) -> None:
         """Some rows at a time, so that the gradient of the whole weight never exists."""
         operand = self._operand(op.sources[0])
-        out = self._operand(op.target).raw if lines.size else _NONE4
-        outputs, cells = self.program.values[op.target].channels, operand.raw.shape[0] * op.kernel[0] * op.kernel[1]
+        grad, out = flow.grad(op.target), self._operand(op.target).raw if lines.size else _NONE4
+        cells = operand.raw.shape[0] * op.kernel[0] * op.kernel[1]
         step = max(1, SEARCH_PIECE // cells)
-        for start in range(0, outputs, step):
-            rows = np.empty(min(step, outputs - start) * cells, np.float32)
-            kernels.conv_weight_rows(
-                *operand.parts(), flow.grad(op.target), out, lines, self.executor.geometry(number, self.n), start, rows
+        for start in range(0, len(grad), step):
+            part = slice(start, start + step)
+            rows = np.empty(len(grad[part]) * cells, np.float32)
+            layout = self.executor.layout(number, self.n, outputs=len(grad[part]))
+            kernels.conv_backward(
+                *operand.parts(layout),
+                np.arange(len(rows), dtype=np.int32),
+                np.zeros_like(rows),
+                layout.view(grad[part]),
+                layout.view(out[part]),
+                layout.factors(lines[:, part]),
+                layout.geometry,
+                rows,
+                _NONE1,
+                _NONE4,
+                _NONE4,
+                False,
+                _NO_SUMS,
             )
             show(start * cells, torch.from_numpy(rows))
 
@@ -454,19 +512,20 @@ class Run:
         operand = self._operand(source)
         out = self._operand(op.target).raw if lines.size else _NONE4
         d_weight, d_bias = np.empty_like(weight), np.empty_like(bias)
-        target, before, last, sums = flow.open(source)
+        layout = self.executor.layout(number, self.n)
+        target, before, last, sums = flow.open(source, layout.images)
         kernels.conv_backward(
-            *operand.parts(),
+            *operand.parts(layout),
             self.executor.positions(f"{op.name}.weight", weight.size),
             weight,
-            flow.grad(op.target),
-            out,
-            lines,
-            self.executor.geometry(number, self.n),
+            layout.view(flow.grad(op.target)),
+            layout.view(out),
+            layout.factors(lines),
+            layout.geometry,
             d_weight,
             d_bias,
-            before,
-            target,
+            layout.view(before),
+            layout.view(target),
             last,
             sums,
         )
@@ -524,8 +583,11 @@ class _Flow:
         assert grad is not None
         return grad
 
-    def open(self, value: int) -> tuple[Array, Array, bool, Array]:
-        """For a kernel that gives: where to write, what was given before, whether it is the last, where sums go."""
+    def open(self, value: int, images: int) -> tuple[Array, Array, bool, Array]:
+        """For a kernel that gives: where to write, what was given before, whether it is the last, where sums go.
+
+        images: for how many parts of the batch sums are taken.
+        """
         if not self.wanted(value):
             return _NONE4, _NONE4, False, _NO_SUMS
         self.uses[value] -= 1
@@ -533,7 +595,7 @@ class _Flow:
         last = not self.uses[value] and (v.relu or v.norm is not None)
         shape = (v.channels, self.run.n, v.height, v.width)
         if last:
-            self.sums[value] = np.empty((2, *shape[:2]))
+            self.sums[value] = np.empty((2, v.channels, images))
         before = self.grads[value]
         if before is None:
             return self.run.buffers.take(shape), _NONE4, last, self.sums[value]
@@ -565,7 +627,7 @@ class _Flow:
                 self.sums[value] = np.empty((2, *grad.shape[:2]))
                 pointwise.moments(grad, self.run._operand(value).raw, self.sums[value])
             return
-        target, before, last, sums = self.open(value)
+        target, before, last, sums = self.open(value, self.run.n)
         operand = self.run._operand(value)
         sums = sums if sums.size else np.empty((2, *grad.shape[:2]))
         pointwise.finish(grad, before, operand.raw, operand.scale, operand.shift, v.relu and last, target, sums)
@@ -578,7 +640,9 @@ class _Flow:
         if not lines.size:
             return self.run.buffers.share(grad)
         out = self.run.buffers.take(grad.shape)
-        pointwise.lines_apply(grad, self.run._operand(value).raw, lines, out)
+        np.multiply(self.run._operand(value).raw, lines[1][..., None, None], out=out)
+        out += lines[0][..., None, None] * grad
+        out += lines[2][..., None, None]
         return out
 
     def drop(self, value: int) -> None:
@@ -624,9 +688,28 @@ def _by_group(values: Array, groups: int) -> Array:
     return np.repeat(values.reshape(groups, size, -1).sum(1), size, axis=0)
 
 
+def _is_vector_product(source: Value, target: Value) -> bool:
+    """Whether an operation is a linear layer of which all examples may be treated alike."""
+    vectors = source.height * source.width * target.height * target.width == 1
+    return vectors and not any(v.norm is not None and v.norm.groups for v in (source, target))
+
+
+def _images_of_vectors(n: int, features: int) -> int:
+    """The fewest images that ``n`` vectors fill evenly, each small enough for the cache."""
+    fits = (t for t in range(1, n + 1) if n % t == 0 and n // t * features <= _CACHED)
+    return next(fits, n)
+
+
 def _is_product(op: Op) -> bool:
     """Whether a convolution is a matrix product over channels."""
     return (op.kernel, op.stride, op.padding) == ((1, 1), (1, 1), (0, 0))
+
+
+def _windows(array: Array, op: Op) -> Array:
+    """A view of (c, n, h, w) as (c, n, rows, kernel height, columns, kernel width): windows that do not overlap."""
+    (kh, kw), (c, n, h, w), (sc, sn, sh, sw) = op.kernel, array.shape, array.strides
+    shape = (c, n, h // kh, kh, w // kw, kw)
+    return np.lib.stride_tricks.as_strided(array, shape, (sc, sn, kh * sh, sh, kw * sw, sw))
 
 
 def _window(op: Op) -> tuple[int, int, int, int, int, int]:

@@ -21,6 +21,7 @@ Every kernel runs on one thread, releases the GIL and has a fixed order of summa
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +49,9 @@ class Geometry(NamedTuple):
     """A convolution's shapes and the layout of its tile buffers; lengths in floats.
 
     group: examples a tile. low, high: border cells before and behind, in cells of a phase. row, plane: from one buffer
-    row or phase to the next. flat: one run over all rows, border columns included; else one run a row.
+    row or phase to the next. runs, run: how many runs cover the output of a channel, ``row`` apart, and their length:
+    one a row, or a single one over all rows with their border columns. back_runs, back_run: the same for a phase of
+    the input.
     """
 
     inputs: int
@@ -74,7 +77,10 @@ class Geometry(NamedTuple):
     phase_w: int
     row: int
     plane: int
-    flat: int
+    runs: int
+    run: int
+    back_runs: int
+    back_run: int
 
 
 def geometry(
@@ -110,7 +116,7 @@ def geometry(
     group = -(-batch // tiles)
     run = _round(outs[1] * group)
     row = max(columns * group, run)
-    flat = int(row * (outs[0] - 1) + run < 1.1 * outs[0] * _cost(run)) if outs[0] > 1 else 0
+    flat = outs[0] > 1 and row * (outs[0] - 1) + run < 1.1 * outs[0] * _cost(run)
     (height, width), (kernel_h, kernel_w), (stride_h, stride_w) = size, kernel, stride
     return Geometry(
         inputs=inputs,
@@ -135,8 +141,11 @@ def geometry(
         phase_h=phase[0],
         phase_w=phase[1],
         row=row,
-        plane=rows * row + (LANES if flat else 0),  # a flat run may end behind the last row
-        flat=flat,
+        plane=rows * row + (LANES if flat else 0),  # a single run may end behind the last row
+        runs=1 if flat else outs[0],
+        run=_round(row * (outs[0] - 1) + outs[1] * group) if flat else run,
+        back_runs=1 if flat else phase[0],
+        back_run=_round((row * (phase[0] - 1) if flat else 0) + phase[1] * group),
     )
 
 
@@ -144,10 +153,10 @@ def _round(n: int) -> int:
     return -(-n // LANES) * LANES
 
 
-def _cost(run: int) -> Real:
+def _cost(run: int) -> float:
     """What a run costs, in floats of a long run: short blocks pay for the list of non-zeros again."""
     blocks, rest = divmod(run // LANES, 8)
-    return LANES * (8 * blocks + {0: 0}.get(rest, rest + 2.0))
+    return LANES * (8 * blocks + (rest + 2.0 if rest else 0.0))
 
 
 # ------------------------------------------------------------------------------------------------- inner loops
@@ -178,22 +187,6 @@ def row(_: Any, array: Any, c: Any, n: Any, i: Any) -> Any:
         at = builder.add(builder.mul(args[1], sizes[1]), args[2])
         at = builder.mul(builder.add(builder.mul(at, sizes[2]), args[3]), sizes[3])
         return _bare(context, builder, sig.return_type, builder.gep(whole.data, [at]), sizes[3])
-
-    return signature, code
-
-
-@intrinsic
-def channel(_: Any, array: Any, c: Any) -> Any:
-    """``array[c].ravel()`` of a contiguous array, as :func:`row`."""
-    signature = types.Array(array.dtype, 1, "C")(array, types.int64)
-
-    def code(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        whole = context.make_array(sig.args[0])(context, builder, args[0])
-        length = _I64(1)
-        for size in cgutils.unpack_tuple(builder, whole.shape, sig.args[0].ndim)[1:]:
-            length = builder.mul(length, size)
-        data = builder.gep(whole.data, [builder.mul(args[1], length)])
-        return _bare(context, builder, sig.return_type, data, length)
 
     return signature, code
 
@@ -346,26 +339,21 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @kernel
-def _row_sum(offsets: Array, values: Array, start: int, n: int, x: Array, xo: int, y: Array, yo: int, run: int) -> None:
-    """One run of one output row."""
-    p = 0
-    while p + 8 * LANES <= run:
-        _sums8(offsets, values, start, n, x, xo + p, y, yo + p)
-        p += 8 * LANES
-    if p + 4 * LANES <= run:
-        _sums4(offsets, values, start, n, x, xo + p, y, yo + p)
-        p += 4 * LANES
-    while p < run:
-        _sums1(offsets, values, start, n, x, xo + p, y, yo + p)
-        p += LANES
-
-
-@kernel
 def _rows_sum(
-    offsets: Array, values: Array, start: int, n: int, x: Array, xo: int, y: Array, runs: int, row: int, run: int
+    offsets: Array, values: Array, start: int, n: int, x: Array, y: Array, runs: int, row: int, run: int
 ) -> None:
+    """An output row: ``runs`` runs of ``run`` floats, ``row`` apart."""
     for i in range(runs):
-        _row_sum(offsets, values, start, n, x, xo + i * row, y, i * row, run)
+        at, end = i * row, i * row + run
+        while at + 8 * LANES <= end:
+            _sums8(offsets, values, start, n, x, at, y, at)
+            at += 8 * LANES
+        if at + 4 * LANES <= end:
+            _sums4(offsets, values, start, n, x, at, y, at)
+            at += 4 * LANES
+        while at < end:
+            _sums1(offsets, values, start, n, x, at, y, at)
+            at += LANES
 
 
 @kernel
@@ -387,50 +375,29 @@ def _rows_dot(
 # ------------------------------------------------------------------------------------------------- patterns
 
 
-@kernel
-def _runs(geo: Geometry, height: int, width: int) -> tuple[int, int]:
-    """How many runs cover ``height`` rows of ``width`` cells, and their length."""
-    length = -(-width * geo.group // LANES) * LANES
-    if geo.flat:
-        return 1, -(-((height - 1) * geo.row + width * geo.group) // LANES) * LANES
-    return height, length
+@lru_cache(maxsize=256)
+def _taps(geo: Geometry) -> Array:
+    """For each tap of the kernel: its phase, and its offset in a channel of the input and of the gradient buffer.
+
+    (3, kernel_h * kernel_w) int64. A tap reads input = stride * (output + shift) + phase.
+    """
+    down, across = (np.arange(k) * d - p for k, d, p in _axes(geo))
+    fh, fw = (down % geo.stride_h)[:, None], (across % geo.stride_w)[None]
+    dh, dw = (down // geo.stride_h)[:, None], (across // geo.stride_w)[None]
+    phase = fh * geo.stride_w + fw
+    ahead = phase * geo.plane + (dh + geo.low_h) * geo.row + (dw + geo.low_w) * geo.group
+    back = (geo.high_h - dh) * geo.row + (geo.high_w - dw) * geo.group
+    return np.stack([phase.ravel(), ahead.ravel(), back.ravel()]).astype(np.int64)
 
 
-@kernel
-def _shift(tap: int, dilation: int, padding: int, stride: int) -> tuple[int, int]:
-    """Phase and shift of a tap: input = stride * (output + shift) + phase."""
-    u = tap * dilation - padding
-    return u % stride, u // stride
+def _axes(geo: Geometry) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    return (geo.kernel_h, geo.dilation_h, geo.pad_h), (geo.kernel_w, geo.dilation_w, geo.pad_w)
 
 
-@kernel
-def _taps(geo: Geometry) -> tuple[Array, Array, Array]:
-    """For each tap of the kernel: its phase, and its offset in a channel of the input and of the gradient buffer."""
-    taps = geo.kernel_h * geo.kernel_w
-    phase, ahead, back = np.empty(taps, np.int64), np.empty(taps, np.int64), np.empty(taps, np.int64)
-    for kh in range(geo.kernel_h):
-        fh, dh = _shift(kh, geo.dilation_h, geo.pad_h, geo.stride_h)
-        for kw in range(geo.kernel_w):
-            fw, dw = _shift(kw, geo.dilation_w, geo.pad_w, geo.stride_w)
-            tap = kh * geo.kernel_w + kw
-            phase[tap] = fh * geo.stride_w + fw
-            ahead[tap] = phase[tap] * geo.plane + (dh + geo.low_h) * geo.row + (dw + geo.low_w) * geo.group
-            back[tap] = (geo.high_h - dh) * geo.row + (geo.high_w - dw) * geo.group
-    return phase, ahead, back
-
-
-@kernel
 def _begins(positions: Array, geo: Geometry) -> Array:
-    """Where each output row begins in ``positions``: (outputs + 1,)."""
+    """Where each output row begins in ``positions``: (outputs + 1,) int64."""
     cells = geo.inputs * geo.kernel_h * geo.kernel_w
-    begins = np.zeros(geo.outputs + 1, np.int64)
-    k = 0
-    for r in range(geo.outputs):
-        end = (r + 1) * cells
-        while k < len(positions) and positions[k] < end:
-            k += 1
-        begins[r + 1] = k
-    return begins
+    return np.searchsorted(positions, np.arange(geo.outputs + 1) * cells).astype(np.int64)
 
 
 @kernel
@@ -440,38 +407,33 @@ def _channel(rest: int, taps: int, per_tap: Real) -> int:
 
 
 @kernel
-def _pattern(positions: Array, geo: Geometry) -> tuple[Array, Array]:
-    """Offsets into the input buffer, (kept,) int32, and where each output row begins, (outputs + 1,)."""
-    taps = geo.kernel_h * geo.kernel_w
-    _, ahead, _ = _taps(geo)
-    begins = _begins(positions, geo)
+def _offsets(positions: Array, begins: Array, taps: Array, geo: Geometry) -> Array:
+    """Where in the input buffer each non-zero reads, (kept,) int32."""
+    count = taps.shape[1]
     offsets = np.empty(len(positions), np.int32)
     channel = geo.stride_h * geo.stride_w * geo.plane
     for r in range(geo.outputs):
         for k in range(begins[r], begins[r + 1]):
-            rest = positions[k] - r * geo.inputs * taps
-            c = _channel(rest, taps, 1.0 / taps)
-            offsets[k] = c * channel + ahead[rest - c * taps]
-    return offsets, begins
+            rest = positions[k] - r * geo.inputs * count
+            c = _channel(rest, count, 1.0 / count)
+            offsets[k] = c * channel + taps[1, rest - c * count]
+    return offsets
 
 
 @kernel
-def _transposed(positions: Array, values: Array, rows: Array, geo: Geometry) -> tuple[Array, Array, Array]:
-    """The same for the input gradient: rows are (input channel, phase), offsets go into the gradient buffer.
-
-    rows: the begins of the output rows. Returns offsets, the values in that order, and begins.
-    """
-    taps = geo.kernel_h * geo.kernel_w
+def _transposed(positions: Array, values: Array, rows: Array, taps: Array, geo: Geometry) -> tuple[Array, Array, Array]:
+    """The pattern of the input gradient, whose rows are (input channel, phase): where in the gradient buffer each
+    non-zero reads, the values in that order, and where the rows begin. rows: the begins of the output rows."""
+    count = taps.shape[1]
     phases = geo.stride_h * geo.stride_w
-    phase, _, back = _taps(geo)
     channels = np.empty(len(positions), np.int32)
     begins = np.zeros(geo.inputs * phases + 1, np.int64)
     for r in range(geo.outputs):
         for k in range(rows[r], rows[r + 1]):
-            rest = positions[k] - r * geo.inputs * taps
-            c = _channel(rest, taps, 1.0 / taps)
+            rest = positions[k] - r * geo.inputs * count
+            c = _channel(rest, count, 1.0 / count)
             channels[k] = c
-            begins[c * phases + phase[rest - c * taps] + 1] += 1
+            begins[c * phases + taps[0, rest - c * count] + 1] += 1
     for place in range(geo.inputs * phases):
         begins[place + 1] += begins[place]
     free = begins.copy()
@@ -479,9 +441,9 @@ def _transposed(positions: Array, values: Array, rows: Array, geo: Geometry) -> 
     turned = np.empty(len(positions), np.float32)
     for r in range(geo.outputs):
         for k in range(rows[r], rows[r + 1]):
-            tap = positions[k] - (r * geo.inputs + channels[k]) * taps
-            place = channels[k] * phases + phase[tap]
-            offsets[free[place]] = r * geo.plane + back[tap]
+            tap = positions[k] - (r * geo.inputs + channels[k]) * count
+            place = channels[k] * phases + taps[0, tap]
+            offsets[free[place]] = r * geo.plane + taps[2, tap]
             turned[free[place]] = values[k]
             free[place] += 1
     return offsets, turned, begins
@@ -515,34 +477,10 @@ def _pack_row(
 
 
 @kernel
-def _points(geo: Geometry) -> bool:
-    """Whether images and kernel are 1 x 1: a linear layer, whose examples lie side by side everywhere."""
-    return geo.height * geo.width * geo.kernel_h * geo.kernel_w * geo.out_h * geo.out_w == 1
-
-
-@kernel
-def _pack_points(
-    raw: Array, scale: Array, shift: Array, relu: bool, first: int, geo: Geometry, c: int, buffer: Array
-) -> None:
-    """:func:`_pack_input` of 1 x 1 images."""
-    count = min(geo.group, raw.shape[1] - first)
-    source, target = tail(channel(raw, c), first), tail(buffer, c * geo.plane)
-    a, d = tail(channel(scale, c), first), tail(channel(shift, c), first)
-    for b in range(count):
-        z = source[b] * a[b] + d[b]
-        target[b] = np.float32(0.0) if relu and z < 0 else z
-    for b in range(count, geo.group):
-        target[b] = 0
-
-
-@kernel
 def _pack_input(
     raw: Array, scale: Array, shift: Array, relu: bool, first: int, geo: Geometry, c: int, buffer: Array
 ) -> None:
     """Fill channel ``c`` of the input buffer with the examples from ``first`` on; missing ones are zero."""
-    if _points(geo):
-        _pack_points(raw, scale, shift, relu, first, geo, c, buffer)
-        return
     rows = min(geo.phase_h, geo.out_h + geo.high_h)
     columns = min(geo.phase_w, geo.out_w + geo.high_w)
     for b in range(geo.group):
@@ -564,40 +502,14 @@ def _pack_input(
 
 
 @kernel
-def _pack_point_gradient(
-    grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, slot: int, buffer: Array
-) -> Real:
-    """:func:`_pack_gradient` of 1 x 1 images."""
-    count = min(geo.group, grad.shape[1] - first)
-    g, target = tail(channel(grad, c), first), tail(buffer, slot * geo.plane)
-    total = np.float32(0.0)
-    if lines.shape[1]:
-        y = tail(channel(raw, c), first)
-        for b in range(count):
-            target[b] = lines[0, c, first + b] * g[b] + lines[1, c, first + b] * y[b] + lines[2, c, first + b]
-            total += target[b]
-    else:
-        for b in range(count):
-            target[b] = g[b]
-            total += g[b]
-    for b in range(count, geo.group):
-        target[b] = 0
-    return total
-
-
-@kernel
-def _pack_gradient(
-    grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, slot: int, buffer: Array
-) -> Real:
-    """Channel ``c`` of ``a * grad + b * raw + d``, to a slot of the gradient buffer; returns the sum of what it holds.
+def _pack_gradient(grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, buffer: Array) -> Real:
+    """Fill channel ``c`` of the gradient buffer with ``a * grad + b * raw + d``; returns the sum of what it holds.
 
     lines: (3, channels, n): a, b, d, the backward pass of the norm behind the convolution; empty where there is none.
     """
-    if _points(geo):
-        return _pack_point_gradient(grad, raw, lines, first, geo, c, slot, buffer)
     total = 0.0
     for b in range(geo.group):
-        start = slot * geo.plane + geo.high_h * geo.row + geo.high_w * geo.group + b
+        start = c * geo.plane + geo.high_h * geo.row + geo.high_w * geo.group + b
         there = first + b < grad.shape[1]
         a, k, d = np.float32(1.0), np.float32(0.0), np.float32(0.0)
         if there and lines.shape[1]:
@@ -632,16 +544,6 @@ def _pack_gradient(
 def _unpack_output(line: Array, r: int, first: int, geo: Geometry, constant: Real, out: Array, sums: Array) -> None:
     """Write one output channel of a tile, and its sums for the norm behind."""
     count = min(geo.group, out.shape[1] - first)
-    if _points(geo):
-        target = tail(channel(out, r), first)
-        for b in range(count):
-            target[b] = line[b] + constant
-        if sums.shape[1]:
-            for b in range(count):
-                v = np.float64(target[b])
-                sums[0, r, first + b] = v
-                sums[1, r, first + b] = v * v
-        return
     for b in range(count):
         s1, s2 = 0.0, 0.0
         for i in range(geo.out_h):
@@ -663,7 +565,6 @@ def _unpack_output(line: Array, r: int, first: int, geo: Geometry, constant: Rea
             sums[1, r, first + b] = s2
 
 
-@kernel
 def conv_forward(
     raw: Array,
     scale: Array,
@@ -678,20 +579,39 @@ def conv_forward(
 ) -> None:
     """``out`` (outputs, n, out_h, out_w) = convolution of act(raw * scale + shift) + bias.
 
-    raw: (inputs, n, height, width); scale, shift: (inputs, n), what the norm before does; bias: (outputs,) or empty.
+    raw: (inputs, n, height, width); scale, shift: (inputs, n), what the norm before does; positions: (kept,) int32,
+    ascending in the flat (outputs, inputs, kernel_h, kernel_w) weight; values: (kept,); bias: (outputs,) or empty.
     sums: (2, outputs, n) float64, gets sums of outputs and of their squares; not written where it is empty.
     """
+    begins, taps = _begins(positions, geo), _taps(geo)
+    _forward(raw, scale, shift, relu, positions, begins, taps, values, bias, geo, out, sums)
+
+
+@kernel
+def _forward(
+    raw: Array,
+    scale: Array,
+    shift: Array,
+    relu: bool,
+    positions: Array,
+    begins: Array,
+    taps: Array,
+    values: Array,
+    bias: Array,
+    geo: Geometry,
+    out: Array,
+    sums: Array,
+) -> None:
     n = raw.shape[1]
-    offsets, begins = _pattern(positions, geo)
+    offsets = _offsets(positions, begins, taps, geo)
     buffer = np.zeros(geo.inputs * geo.stride_h * geo.stride_w * geo.plane + LANES, np.float32)
     line = np.empty(geo.plane + 8 * LANES, np.float32)
-    runs, run = _runs(geo, geo.out_h, geo.out_w)
     for first in range(0, n, geo.group):
         for c in range(geo.inputs):
             _pack_input(raw, scale, shift, relu, first, geo, c, buffer)
         for r in range(geo.outputs):
             k = begins[r]
-            _rows_sum(offsets, values, k, begins[r + 1] - k, buffer, 0, line, runs, geo.row, run)
+            _rows_sum(offsets, values, k, begins[r + 1] - k, buffer, line, geo.runs, geo.row, geo.run)
             constant = bias[r] if len(bias) else np.float32(0.0)
             _unpack_output(line, r, first, geo, constant, out, sums)
 
@@ -756,19 +676,6 @@ def _unpack_gradient(
     """Write one phase of one input channel of a tile: see :func:`conv_backward`."""
     count = min(geo.group, raw.shape[1] - first)
     fh, fw = divmod(phase, geo.stride_w)
-    if _points(geo):
-        to, y = tail(channel(d_raw, c), first), tail(channel(raw, c), first)
-        a, d = tail(channel(scale, c), first), tail(channel(shift, c), first)
-        for b in range(count):
-            v = line[b] + before[c, first + b, 0, 0] if before.shape[0] else line[b]
-            if last and relu and not y[b] * a[b] + d[b] > 0:
-                v = np.float32(0.0)
-            to[b] = v
-        if last:
-            for b in range(count):
-                sums[0, c, first + b] = np.float64(to[b])
-                sums[1, c, first + b] = np.float64(to[b]) * np.float64(y[b])
-        return
     width = (geo.width - fw + geo.stride_w - 1) // geo.stride_w
     for b in range(count):
         a, d = scale[c, first + b], shift[c, first + b]
@@ -794,7 +701,6 @@ def _unpack_gradient(
             sums[1, c, first + b] += product
 
 
-@kernel
 def conv_backward(
     raw: Array,
     scale: Array,
@@ -821,87 +727,59 @@ def conv_backward(
     ``d_raw``) plus the gradient of the activation; with ``last`` the ReLU's derivative is applied and ``sums``
     (2, inputs, n) gets the sums of the result and of its products with ``raw``.
     """
-    n = raw.shape[1]
-    offsets, begins = _pattern(positions, geo)
-    phases = geo.stride_h * geo.stride_w
-    buffer = np.zeros(geo.inputs * phases * geo.plane + LANES, np.float32)
-    gradient = np.zeros(geo.outputs * geo.plane + LANES, np.float32)
-    runs, run = _runs(geo, geo.out_h, geo.out_w)
-    corner = geo.high_h * geo.row + geo.high_w * geo.group
-    wants = d_raw.shape[0] > 0
-    back, turned, starts = _transposed(positions, values, begins, geo)
-    back_runs, back_run = _runs(geo, geo.phase_h, geo.phase_w)
-    line = np.empty(geo.plane + 8 * LANES, np.float32)
-    for k in range(len(d_values)):
-        d_values[k] = 0
-    for r in range(len(d_bias)):
-        d_bias[r] = 0
-    for first in range(0, n, geo.group):
-        for c in range(geo.inputs):
-            _pack_input(raw, scale, shift, relu, first, geo, c, buffer)
-        for r in range(geo.outputs):
-            total = _pack_gradient(grad, out, lines, first, geo, r, r, gradient)
-            if len(d_bias):
-                d_bias[r] += total
-            _rows_dot(
-                offsets,
-                begins[r],
-                begins[r + 1],
-                buffer,
-                gradient,
-                r * geo.plane + corner,
-                runs,
-                geo.row,
-                run,
-                d_values,
-            )
-        if not wants:
-            continue
-        for c in range(geo.inputs):
-            if last:
-                for b in range(min(geo.group, n - first)):
-                    sums[0, c, first + b] = 0.0
-                    sums[1, c, first + b] = 0.0
-            for f in range(phases):
-                k = starts[c * phases + f]
-                count = starts[c * phases + f + 1] - k
-                _rows_sum(back, turned, k, count, gradient, 0, line, back_runs, geo.row, back_run)
-                _unpack_gradient(line, c, f, first, geo, raw, scale, shift, relu, before, d_raw, last, sums)
+    begins, taps = _begins(positions, geo), _taps(geo)
+    d_values[:] = 0
+    d_bias[:] = 0
+    if last:
+        sums[:] = 0
+    _backward(
+        raw, scale, shift, relu, positions, begins, taps, values, grad, out, lines, geo,
+        d_values, d_bias, before, d_raw, last, sums,
+    )  # fmt: skip
 
 
 @kernel
-def conv_weight_rows(
+def _backward(
     raw: Array,
     scale: Array,
     shift: Array,
     relu: bool,
+    positions: Array,
+    begins: Array,
+    taps: Array,
+    values: Array,
     grad: Array,
     out: Array,
     lines: Array,
     geo: Geometry,
-    start: int,
-    d_rows: Array,
+    d_values: Array,
+    d_bias: Array,
+    before: Array,
+    d_raw: Array,
+    last: bool,
+    sums: Array,
 ) -> None:
-    """The dense weight gradient of the output channels from ``start`` on: d_rows (channels * inputs * kernel,).
-
-    The other arguments are those of :func:`conv_backward`.
-    """
-    taps = geo.kernel_h * geo.kernel_w
-    cells = geo.inputs * taps
-    _, ahead, _ = _taps(geo)
-    offsets = np.empty(cells, np.int32)
+    offsets = _offsets(positions, begins, taps, geo)
     phases = geo.stride_h * geo.stride_w
-    for c in range(geo.inputs):
-        for tap in range(taps):
-            offsets[c * taps + tap] = c * phases * geo.plane + ahead[tap]
     buffer = np.zeros(geo.inputs * phases * geo.plane + LANES, np.float32)
-    gradient = np.zeros(geo.plane + LANES, np.float32)
-    runs, run = _runs(geo, geo.out_h, geo.out_w)
+    gradient = np.zeros(geo.outputs * geo.plane + LANES, np.float32)
+    line = np.empty(geo.plane + 8 * LANES, np.float32)
     corner = geo.high_h * geo.row + geo.high_w * geo.group
-    d_rows[:] = 0
+    wants = d_raw.shape[0] > 0
+    back, turned, starts = _transposed(positions, values, begins, taps, geo)
     for first in range(0, raw.shape[1], geo.group):
         for c in range(geo.inputs):
             _pack_input(raw, scale, shift, relu, first, geo, c, buffer)
-        for r in range(len(d_rows) // cells):
-            _pack_gradient(grad, out, lines, first, geo, start + r, 0, gradient)
-            _rows_dot(offsets, 0, cells, buffer, gradient, corner, runs, geo.row, run, tail(d_rows, r * cells))
+        for r in range(geo.outputs):
+            total = _pack_gradient(grad, out, lines, first, geo, r, gradient)
+            if len(d_bias):
+                d_bias[r] += total
+            at = r * geo.plane + corner
+            _rows_dot(offsets, begins[r], begins[r + 1], buffer, gradient, at, geo.runs, geo.row, geo.run, d_values)
+        if wants:
+            for c in range(geo.inputs):
+                for f in range(phases):
+                    k = starts[c * phases + f]
+                    count = starts[c * phases + f + 1] - k
+                    _rows_sum(back, turned, k, count, gradient, line, geo.back_runs, geo.row, geo.back_run)
+                    _unpack_gradient(line, c, f, first, geo, raw, scale, shift, relu, before, d_raw, last, sums)

@@ -59,18 +59,6 @@ def finish(
 
 
 @kernel
-def lines_apply(grad: Array, raw: Array, lines: Array, out: Array) -> None:
-    """``out = a * grad + b * raw + d`` with (a, b, d) = lines[:, c, n]: the backward pass of a norm."""
-    for c in range(grad.shape[0]):
-        for n in range(grad.shape[1]):
-            a, b, d = lines[0, c, n], lines[1, c, n], lines[2, c, n]
-            for i in range(grad.shape[2]):
-                g, y, to = row(grad, c, n, i), row(raw, c, n, i), row(out, c, n, i)
-                for j in range(len(g)):
-                    to[j] = a * g[j] + b * y[j] + d
-
-
-@kernel
 def add(
     a: Array, a_scale: Array, a_shift: Array, a_relu: bool,
     b: Array, b_scale: Array, b_shift: Array, b_relu: bool,
@@ -175,56 +163,3 @@ def max_pool_backward(
                             hit = active(line[j * sw + start], a, d, relu) == top[j]
                             to[j * sw + start] += left[j] if hit else np.float32(0.0)
                             left[j] = np.float32(0.0) if hit else left[j]
-
-
-@kernel
-def mean_pool(raw: Array, scale: Array, shift: Array, relu: bool, window: Window, out: Array) -> None:
-    """Without padding."""
-    kh, kw, sh, sw, _, _ = window
-    for c in range(out.shape[0]):
-        for n in range(out.shape[1]):
-            for i in range(out.shape[2]):
-                for j in range(out.shape[3]):
-                    total = np.float32(0.0)
-                    for h in range(i * sh, i * sh + kh):
-                        for w in range(j * sw, j * sw + kw):
-                            total += active(raw[c, n, h, w], scale[c, n], shift[c, n], relu)
-                    out[c, n, i, j] = total / np.float32(kh * kw)
-
-
-@kernel
-def mean_pool_backward(grad: Array, window: Window, out: Array) -> None:
-    """``out`` gets each window's gradient in equal parts."""
-    kh, kw, sh, sw, _, _ = window
-    out[:] = 0
-    for c in range(grad.shape[0]):
-        for n in range(grad.shape[1]):
-            for i in range(grad.shape[2]):
-                for j in range(grad.shape[3]):
-                    part = grad[c, n, i, j] / np.float32(kh * kw)
-                    for h in range(i * sh, i * sh + kh):
-                        for w in range(j * sw, j * sw + kw):
-                            out[c, n, h, w] += part
-
-
-@kernel
-def flatten(raw: Array, scale: Array, shift: Array, relu: bool, out: Array) -> None:
-    """(channels, n, h, w) to (channels * h * w, n, 1, 1)."""
-    size = raw.shape[2] * raw.shape[3]
-    for c in range(raw.shape[0]):
-        for n in range(raw.shape[1]):
-            a, d = scale[c, n], shift[c, n]
-            for i in range(raw.shape[2]):
-                for j in range(raw.shape[3]):
-                    out[c * size + i * raw.shape[3] + j, n, 0, 0] = active(raw[c, n, i, j], a, d, relu)
-
-
-@kernel
-def flatten_backward(grad: Array, out: Array) -> None:
-    """The way back."""
-    size = out.shape[2] * out.shape[3]
-    for c in range(out.shape[0]):
-        for n in range(out.shape[1]):
-            for i in range(out.shape[2]):
-                for j in range(out.shape[3]):
-                    out[c, n, i, j] = grad[c * size + i * out.shape[3] + j, n, 0, 0]

@@ -185,6 +185,8 @@ class _Reader:
         assert isinstance(layer, nn.AvgPool2d)
         if layer.ceil_mode or layer.divisor_override or _pair(layer.padding) != (0, 0):
             raise UnsupportedError(f"layer {name} uses ceil_mode, padding or a divisor")
+        if _pair(layer.stride or layer.kernel_size) != _pair(layer.kernel_size):
+            raise UnsupportedError(f"layer {name} takes means of windows that overlap or leave gaps")
         return self._window("mean", name, node, layer, self.values[self.at[node]].channels)
 
     def _adaptive(self, layer: nn.Module, name: str, node: fx.Node) -> int:
