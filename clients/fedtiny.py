@@ -77,7 +77,7 @@ class FedTinyClient(SgdClient):
             got.mask,
             samples=fit.samples,
             batch=self.batch_size,
-            momentum=self.momentum > 0,
+            copies=self.copies,
             decision=buffers,
         )
         scalars = {**training_facts(client, fit), **costs, "flops": float(costs["flops"]) + flops}

@@ -22,7 +22,7 @@ class FixedMaskClient(SgdClient):
     ) -> tuple[Packet, Memory]:
         got = receive(task, packet, memory)
         fit = self.fit(task, client, got.params, rng, mask=got.mask)
-        costs = masked_costs(task, got.mask, samples=fit.samples, batch=self.batch_size, momentum=self.momentum > 0)
+        costs = masked_costs(task, got.mask, samples=fit.samples, batch=self.batch_size, copies=self.copies)
         return Packet("update", fit.params, {**training_facts(client, fit), **costs}), got.memory
 
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:

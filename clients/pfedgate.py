@@ -52,6 +52,8 @@ class PFedGateClient(SgdClient):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.optimizer != "sgd":
+            raise UserError(f"pfedgate trains with optimizer 'sgd' only, got {self.optimizer!r}")
         check_not_negative(gate_lr=self.gate_lr, gate_clip=self.gate_clip, gate_pool=self.gate_pool)
         check_positive(blocks_per_layer=self.blocks_per_layer, max_block_frac=self.max_block_frac)
         if self.max_block_frac > 1:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedsparse.errors import UserError
+from fedsparse.errors import UserError, unknown
 from fedsparse.packet import Packet, Scalar, decode, encode, run_words
 from fedsparse.seeding import torch_rng
-from fedsparse.sgd import Fit, sgd
+from fedsparse.sgd import OPTIMIZERS, Fit, optimizer_copies, sgd
 from fedsparse.sparse.masks import Mask
 from fedsparse.task import Client, Score, Task
 
@@ -63,7 +63,8 @@ class FederatedClient(ABC):
 class SgdClient(FederatedClient):
     """Abstract: a client half that trains a whole model with plain SGD, and its hyper-parameters.
 
-    lr: learning rate. epochs: over the local training data. momentum: its buffer starts anew each round.
+    lr: learning rate. epochs: over the local training data. optimizer: "sgd" or "adam"; its state starts anew each
+    round. momentum: of sgd.
     clip: largest global L2 norm of a gradient, 0 = none.
     """
 
@@ -73,12 +74,22 @@ class SgdClient(FederatedClient):
     momentum: float = 0.0
     weight_decay: float = 0.0
     clip: float = 0.0
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
         check_positive(lr=self.lr, epochs=self.epochs, batch_size=self.batch_size)
         check_not_negative(weight_decay=self.weight_decay, clip=self.clip)
         if not 0 <= self.momentum < 1:
             raise UserError(f"momentum must be in [0, 1), got {self.momentum}")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
+        if self.optimizer == "adam" and self.momentum:
+            raise UserError(f"momentum is for optimizer 'sgd', adam has its own; got momentum {self.momentum}")
+
+    @property
+    def copies(self) -> int:
+        """Tensors of optimiser state a weight."""
+        return optimizer_copies({"optimizer": self.optimizer, "momentum": self.momentum})
 
     def fit(
         self,
@@ -104,6 +115,7 @@ class SgdClient(FederatedClient):
             clip=self.clip,
             proximal=proximal,
             mask=mask,
+            optimizer=self.optimizer,
         )
 
 

@@ -206,15 +206,16 @@ def recall(memory: Memory) -> dict[str, Tensor]:
 
 
 def masked_costs(
-    task: Task, mask: Mask, *, samples: int, batch: int, momentum: bool, decision: int = 0
+    task: Task, mask: Mask, *, samples: int, batch: int, copies: int, decision: int = 0
 ) -> dict[str, Scalar]:
     """The scalars of a reply that training under a mask costs: densities, flops, multiply-adds, memory.
 
-    samples: seen in training. batch: the largest. decision: bytes of buffers for choosing masks.
+    samples: seen in training. batch: the largest. copies: of optimiser state a weight. decision: bytes of buffers for
+    choosing masks.
     """
     model = prunable(task)
     cut = model.cut(mask)
-    memory = cost.memory_bytes(model.layers, batch, cut, optimizer_copies=int(momentum), decision=decision)
+    memory = cost.memory_bytes(model.layers, batch, cut, optimizer_copies=copies, decision=decision)
     nominal = cost.nominal_density(model.layers, cut)
     return {
         "density_true": cost.kept_count(model.layers, cut) / model.total,

@@ -32,6 +32,7 @@ from fedsparse.models import build_model
 from fedsparse.packet import Packet, decode
 from fedsparse.report.summary import Facts, summarise
 from fedsparse.seeding import seed_of
+from fedsparse.sgd import optimizer_copies
 from fedsparse.sparse.representation import prepare, why_dense
 from fedsparse.strategy import FederatedStrategy, Plan, State
 from fedsparse.task import Client, Device, Score, Split, Task
@@ -338,7 +339,7 @@ def _summary(
     reference = federation.task.reference
     layers = trace(reference, federation.task.input_shape, tokens=federation.task.tokens)
     epochs, batch = int(strategy.client_config.get("epochs", 1)), _batch_size(strategy)
-    copies = 1 if strategy.client_config.get("momentum") else 0
+    copies = optimizer_copies(strategy.client_config)
     samples = sum(len(c.train) for c in federation.clients) / len(federation.clients) * epochs
     dense = {
         name: torch.empty(t.shape)

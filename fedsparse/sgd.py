@@ -18,6 +18,8 @@ from fedsparse.sparse.masks import Mask
 from fedsparse.task import Params, Split, Task
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
+OPTIMIZERS = ("sgd", "adam")
+_BETA1, _BETA2, _EPS = 0.9, 0.999, 1e-8  # Adam's usual constants (Kingma and Ba 2015, arXiv 1412.6980)
 
 
 @dataclass(frozen=True)
@@ -56,18 +58,20 @@ def sgd(
     clip: float = 0.0,
     proximal: float = 0.0,
     mask: Mask | None = None,
+    optimizer: str = "sgd",
 ) -> Fit:
-    """Train a copy of ``params`` (parameters and buffers) on ``data`` with SGD.
+    """Train a copy of ``params`` (parameters and buffers) on ``data`` with SGD, or with Adam.
 
     clip: largest global L2 norm of the gradient, 0 = none. proximal: FedProx's mu, which adds
     mu * (theta - theta_received) to the gradient (Li et al. 2020, eq. 2). mask: ``params`` are compact under it, and so
     are gradients, momentum and the result: what is not kept is neither stored nor touched.
-    The arithmetic is that of ``torch.optim.SGD``, bit for bit. Raises UserError when the loss is not finite.
+    optimizer: one of :data:`OPTIMIZERS`. The arithmetic is that of ``torch.optim``, bit for bit. Raises UserError when
+    the loss is not finite.
     """
     own = {name: t.detach().clone() for name, t in params.items()}  # packets are shared: never train in them
     leaves = [own[name].requires_grad_() for name in task.trainable]
     anchor = [params[name] for name in task.trainable] if proximal else []
-    velocity: list[Tensor] = []
+    state: list[Tensor] = []
     steps = samples = 0
     total = 0.0
     task.model.train(True)
@@ -78,7 +82,10 @@ def sgd(
             with torch.no_grad():
                 clip_(grads, clip)
                 pull_(grads, leaves, anchor, proximal)
-                step_(leaves, grads, velocity, lr=lr, momentum=momentum, weight_decay=weight_decay)
+                if optimizer == "adam":
+                    adam_(leaves, grads, state, steps + 1, lr=lr, weight_decay=weight_decay)
+                else:
+                    step_(leaves, grads, state, lr=lr, momentum=momentum, weight_decay=weight_decay)
             total += finite(loss.item(), steps)
             steps, samples = steps + 1, samples + len(batch)
     return Fit({name: t.detach() for name, t in own.items()}, steps, samples, total / max(1, steps))
@@ -126,3 +133,27 @@ def step_(
             velocity.extend(g.clone() for g in grads)
         grads = velocity
     torch._foreach_add_(leaves, grads, alpha=-lr)
+
+
+def adam_(
+    leaves: Tensors, grads: Tensors, moments: list[Tensor], step: int, *, lr: float, weight_decay: float = 0.0
+) -> None:
+    """One Adam step in place, the arithmetic of ``torch.optim.Adam``. ``moments``: empty, or two buffers a leaf, the
+    first moments before the second; step: from 1."""
+    if weight_decay:
+        torch._foreach_add_(grads, leaves, alpha=weight_decay)
+    if not moments:
+        moments.extend(torch.zeros_like(leaf) for _ in range(2) for leaf in leaves)
+    first, second = moments[: len(leaves)], moments[len(leaves) :]
+    torch._foreach_lerp_(first, grads, 1 - _BETA1)
+    torch._foreach_mul_(second, _BETA2)
+    torch._foreach_addcmul_(second, grads, grads, 1 - _BETA2)
+    root = torch._foreach_sqrt(second)
+    torch._foreach_div_(root, (1 - _BETA2**step) ** 0.5)
+    torch._foreach_add_(root, _EPS)
+    torch._foreach_addcdiv_(leaves, first, root, -lr / (1 - _BETA1**step))
+
+
+def optimizer_copies(config: Mapping[str, object]) -> int:
+    """Tensors of optimiser state a weight, from a client half's hyper-parameters."""
+    return 2 if config.get("optimizer") == "adam" else int(bool(config.get("momentum")))

@@ -22,6 +22,7 @@ from fedsparse.errors import ClientError, UserError
 from fedsparse.lent import LentRecords
 from fedsparse.packet import Packet, decode, encode, wire_bytes
 from fedsparse.seeding import sample_cohort
+from fedsparse.sgd import optimizer_copies
 from fedsparse.sparse.mean import WeightedMean
 from fedsparse.task import Device, Score, Split, Task
 
@@ -100,7 +101,7 @@ class _Session:
         self.layers = trace(task.model, task.input_shape, tokens=task.tokens)
         reference = trace(task.reference, task.input_shape, tokens=task.tokens)
         self.share = trainable_count(self.layers) / max(1, trainable_count(reference))  # of the dense model
-        copies = 1 if self.config.get("momentum") else 0
+        copies = optimizer_copies(self.config)
         self.flops_per_sample = train_flops(self.layers, 1)
         self.macs = forward_macs(self.layers)
         self.dense_memory = memory_bytes(

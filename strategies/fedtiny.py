@@ -49,7 +49,14 @@ from fedsparse.task import Device, Params, Task
 
 SELECTIONS = ("adaptive", "vanilla")
 SOURCES = ("none", "holdout", "public")
-_SGD = ("lr", "batch_size", "momentum", "weight_decay", "clip")  # of the client half, for the server's own training
+_SGD = (
+    "lr",
+    "batch_size",
+    "momentum",
+    "weight_decay",
+    "clip",
+    "optimizer",
+)  # of the client half, for the server's own training
 _log = logging.getLogger("fedsparse")
 
 

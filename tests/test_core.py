@@ -106,6 +106,22 @@ def test_sgd_is_torch_optim_bit_by_bit(how: dict[str, float]) -> None:
     assert (fit.steps, fit.samples) == (10, 46)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.05])
+def test_adam_is_torch_optim_bit_by_bit(decay: float) -> None:
+    task, data = norm_task(), small_split(23, "x")
+    how = {"lr": 0.01, "weight_decay": decay}
+    fit = sgd(task, task.init_params(), data, epochs=2, batch_size=5, rng=torch_rng("r"), optimizer="adam", **how)
+    model = norm_task().model
+    optimizer = torch.optim.Adam(model.parameters(), foreach=True, **how)
+    model.train()
+    for batch in batches(23, 5, 2, torch_rng("r")):
+        optimizer.zero_grad()
+        functional.cross_entropy(model(data.x[batch]), data.y[batch]).backward()
+        optimizer.step()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        assert torch.equal(fit.params[name], tensor), name
+
+
 def test_the_proximal_term_is_the_gradient_of_its_loss() -> None:
     task, data, mu = small_task(), small_split(8, "x"), 0.7
     start = {k: v + 0.05 for k, v in task.init_params().items()}
