@@ -143,12 +143,12 @@ def _erk(task: Task, density: float) -> dict[str, Tensor]:
 
 
 def accuracy(args: argparse.Namespace) -> dict[str, Any]:
-    """FedAvg on a fixed ERK mask at 10 %: LeafCNN1 on MNIST by writer, 50 clients, 20 rounds."""
+    """FedAvg on a fixed ERK mask at 10 %: LeafCNN1 on MNIST by writer, 50 clients, 10 rounds."""
     rows = []
     for seed in range(args.seeds):
         row: dict[str, Any] = {"seed": seed}
         for side in SIDES:
-            runs = [_run(_mnist(seed, side, args.rounds or 20)) for _ in range(2 if seed == 0 else 1)]
+            runs = [_run(_mnist(seed, side, args.rounds or 10)) for _ in range(2 if seed == 0 else 1)]
             row[side] = runs[0].summary["accuracy"]["global"]["mean"]
             row[f"{side}_seconds"] = runs[0].summary["seconds"]["train"]
             row[f"{side}_digests"] = sorted({run.summary["digest"] for run in runs})

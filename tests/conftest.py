@@ -1,7 +1,15 @@
-"""One thread per test process, as in every client computation."""
+"""One thread per test process, as in every client computation; figures of this machine go to a folder of the tests."""
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> None:
+    os.environ["FEDSPARSE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
