@@ -7,6 +7,7 @@ reused from layer to layer and from step to step.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.errors import UserError
 from fedsparse.sparse import SEARCH_PIECE, kernels, pointwise
-from fedsparse.sparse.masks import Mask, spread
+from fedsparse.sparse.masks import Mask, check_mask, spread
 from fedsparse.sparse.program import Op, Program, Value
 
 Array = np.ndarray[Any, Any]
@@ -116,6 +118,7 @@ class Executor:
     """
 
     def __init__(self, program: Program, mask: Mask, dense: frozenset[str] = frozenset()) -> None:
+        check_mask(mask, {f"{op.name}.weight": program.shape(op) for op in program.ops if op.kind == "conv"})
         self.program = program
         self.mask = mask
         self.dense = dense
@@ -176,11 +179,9 @@ class Executor:
         return self._layouts[key]
 
     def positions(self, name: str, size: int) -> Array:
-        """The kept positions of a layer's weight, all of them where it has no mask."""
-        if name in self.mask:
-            return _array(self.mask[name])
+        """The kept positions of the ``size`` weights of a layer, all of them where it has no mask."""
         if name not in self._positions:
-            self._positions[name] = np.arange(size, dtype=np.int32)
+            self._positions[name] = _array(self.mask[name]) if name in self.mask else np.arange(size, dtype=np.int32)
         return self._positions[name]
 
 
@@ -311,15 +312,18 @@ class Run:
         return torch.from_numpy(out)
 
     def _weight(self, op: Op) -> tuple[Array, Array]:
-        """A layer's flat (kept) weights and its bias."""
-        bias = _array(self.params[f"{op.name}.bias"]) if op.bias else _NONE1
-        return _array(self.params[f"{op.name}.weight"]).reshape(-1), bias
+        """A layer's flat (kept) weights and its bias. Raises UserError where they do not fit the mask or the layer."""
+        name = f"{op.name}.weight"
+        weight = _array(self.params[name]).reshape(-1)
+        wanted = len(self.executor.mask[name]) if name in self.executor.mask else math.prod(self.program.shape(op))
+        if weight.size != wanted or weight.dtype != np.float32:
+            raise UserError(f"{name} has {weight.size} {weight.dtype} values, {wanted} float32 values are wanted")
+        return weight, _array(self.params[f"{op.name}.bias"]) if op.bias else _NONE1
 
     def _dense_weight(self, op: Op) -> Tensor:
         """A layer's weight as a dense layer reads it, (outputs, inputs, kernel height, kernel width)."""
         name = f"{op.name}.weight"
-        source, target = self.program.values[op.sources[0]], self.program.values[op.target]
-        shape = (target.channels, source.channels, *op.kernel)
+        shape = self.program.shape(op)
         weight = self.params[name].detach()
         return spread(weight, self.executor.mask[name], shape) if name in self.executor.mask else weight.view(shape)
 
@@ -363,9 +367,11 @@ class Run:
             mean, var = (_array(t).astype(np.float64) for t in (running_mean, running_var))
             return _Statistics(mean[:, None], 1 / np.sqrt(var + v.norm.eps)[:, None], fixed=True)
         count = self.n * v.height * v.width
+        if count < 2:
+            raise UserError(f"batch norm {v.norm.name} needs more than one value a channel in training")
         mean = sums[0].sum(1) / count
         var = np.maximum(sums[1].sum(1) / count - mean * mean, 0)
-        for running, new in ((running_mean, mean), (running_var, var * (count / max(1, count - 1)))):
+        for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
             running.mul_(1 - v.norm.momentum).add_(torch.from_numpy(new).float(), alpha=v.norm.momentum)
         return _Statistics(mean[:, None], 1 / np.sqrt(var + v.norm.eps)[:, None], fixed=False)
 
@@ -677,8 +683,6 @@ def _parameter_names(program: Program) -> list[str]:
     for op in program.ops:
         if op.kind == "conv":
             names += [f"{op.name}.weight", f"{op.name}.bias"] if op.bias else [f"{op.name}.weight"]
-    if len(set(names)) < len(names):
-        raise ValueError("a layer is used more than once")
     return names
 
 

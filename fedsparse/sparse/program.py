@@ -72,9 +72,15 @@ class Program:
     output: int
     uses: tuple[int, ...]
 
+    def shape(self, op: Op) -> tuple[int, int, int, int]:
+        """Of a convolution's weight: (outputs, inputs, kernel height, kernel width)."""
+        return (self.values[op.target].channels, self.values[op.sources[0]].channels, *op.kernel)
+
 
 def read_program(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     """The program of ``model`` on examples of ``input_shape``. Raises UnsupportedError with the reason."""
+    if sum(1 for _ in model.named_parameters(remove_duplicate=False)) > sum(1 for _ in model.parameters()):
+        raise UnsupportedError("layers share a parameter")
     try:
         graph = fx.symbolic_trace(model).graph
     except Exception as error:
@@ -111,6 +117,10 @@ class _Reader:
         value = self.values[output]
         if (value.height, value.width) != (1, 1):
             raise UnsupportedError("its output is no vector of logits")
+        names = [op.name for op in self.ops if op.kind == "conv"]
+        names += [v.norm.name for v in self.values if v.norm is not None]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise UnsupportedError(f"layer {twice} is used more than once")
         uses = [sum(op.sources.count(v) for op in self.ops) for v in range(len(self.values))]
         return Program(tuple(self.values), tuple(self.ops), output, tuple(uses))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import platform
 import threading
@@ -78,6 +79,8 @@ def executor_for(model: nn.Module, input_shape: tuple[int, ...], mask: Mask, cro
         return None
     program = program_of(model, input_shape)
     densities = _densities(program, mask)
+    if any(name.removesuffix(".weight") not in densities for name in mask):
+        return None  # a bias or a norm is masked
     dense = frozenset(n for n, density in densities.items() if density >= crossover.get(n, DEFAULT_CROSSOVER))
     if all(name in dense for name in densities if f"{name}.weight" in mask):
         return None
@@ -98,8 +101,7 @@ def _kept(mask: Mask, name: str, weights: int) -> float:
 
 
 def _weights(program: Program, op: Op) -> int:
-    inputs, outputs = program.values[op.sources[0]].channels, program.values[op.target].channels
-    return inputs * outputs * op.kernel[0] * op.kernel[1]
+    return math.prod(program.shape(op))
 
 
 # ------------------------------------------------------------------------------------------------- measuring
