@@ -179,14 +179,14 @@ def _run(experiment: Experiment, out: Path | None, quiet: bool) -> Run:
 
 
 def _log_to_standard_error(quiet: bool) -> None:
-    """The library's own lines, such as that it compiles something; only warnings with ``quiet``."""
+    """The library's own lines, such as that it compiles something; none with ``quiet``."""
     import logging
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("note: %(message)s"))
     logger = logging.getLogger("fedsparse")
     logger.handlers = [handler]
-    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    logger.setLevel(logging.ERROR if quiet else logging.INFO)
 
 
 def _print_result(done: Run, quiet: bool, as_json: bool) -> None:

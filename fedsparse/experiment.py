@@ -108,8 +108,10 @@ class Experiment:
         _check_choice("narrow", self.narrow, ("", "parameters", "multiply_adds"))
         _check_choice("device", self.device, ("cpu", "cuda", "auto"))
         _check_choice("sparse", self.sparse, CHOICES)
-        for name, value in self.crossover.items():
-            _check_least(f"crossover.{name}", _coerce(f"crossover.{name}", value, float), 0)
+        crossover = {name: _coerce(f"crossover.{name}", value, float) for name, value in self.crossover.items()}
+        object.__setattr__(self, "crossover", crossover)
+        for name, value in crossover.items():
+            _check_least(f"crossover.{name}", value, 0)
         if not 0 < self.width <= 64:
             raise UserError(f"width must be in (0, 64], got {self.width}")
         for key in ("dataset", "method"):
@@ -247,7 +249,7 @@ def _override_tree(overrides: Sequence[str]) -> Tree:
     tree: Tree = {}
     for text in overrides:
         key, equals, value = text.partition("=")
-        parts = [part.strip() for part in key.split(".")]
+        parts = [part.strip() for part in key.split(".", 1 if key.strip().startswith("crossover.") else -1)]
         if not equals or not all(parts):
             raise UserError(f"a setting is key=value, such as rounds=3 or method.lr=0.1; got {text!r}")
         parts = ["method", "name"] if parts == ["method"] else parts
@@ -323,7 +325,7 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
 
 
 def _check_least(key: str, value: float, least: int) -> None:
-    if value < least:
+    if not value >= least:  # a NaN is refused
         raise UserError(f"{key} must be at least {least}, got {value}")
 
 

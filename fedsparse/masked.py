@@ -104,6 +104,9 @@ class _Top:
 
     def show(self, start: int, values: Tensor) -> None:
         """Gradients of the flat positions from ``start`` on, in ascending order."""
+        values = values.detach().cpu()
+        if not bool(torch.isfinite(values).all()):
+            raise UserError("gradients of pruned weights are not finite; lower the learning rate or set clip")
         lo, hi = torch.searchsorted(self.kept, torch.tensor([start, start + len(values)], dtype=torch.int32)).tolist()
         size = values.abs()
         size[self.kept[lo:hi].long() - start] = -1.0  # below every pruned one

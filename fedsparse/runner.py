@@ -33,7 +33,7 @@ from fedsparse.packet import Packet, decode
 from fedsparse.report.summary import Facts, summarise
 from fedsparse.seeding import seed_of
 from fedsparse.sgd import optimizer_copies
-from fedsparse.sparse.representation import prepare, why_dense
+from fedsparse.sparse.representation import crossovers, prepare, why_dense
 from fedsparse.strategy import FederatedStrategy, Plan, State
 from fedsparse.task import Client, Device, Score, Split, Task
 
@@ -137,7 +137,7 @@ def federation_of(experiment: Experiment, *, masked_batch: int = 0) -> Federatio
     if experiment.device == "cuda":
         raise UserError('device \'cuda\' is not supported yet; use "cpu" or "auto" (which is the cpu, for now)')
     task, notes = _task(experiment, data, model_name)
-    if masked_batch:
+    if masked_batch or experiment.sparse != "auto":
         notes = (*notes, *_choose_representation(experiment, task, masked_batch))
     budgets = assign(experiment.budget, range(len(data.clients)))
     clients = tuple(
@@ -154,7 +154,10 @@ def _choose_representation(experiment: Experiment, task: Task, batch: int) -> tu
         if experiment.sparse == "sparse":
             raise UserError(f'sparse = "sparse" is not possible for this model: {reason}; use "auto" or "dense"')
         return () if experiment.sparse == "dense" else (f"all layers are computed masked dense: {reason}",)
-    chosen = prepare(task.model, task.input_shape, experiment.sparse, batch, experiment.crossover)
+    if batch:
+        chosen = prepare(task.model, task.input_shape, experiment.sparse, batch, experiment.crossover)
+    else:  # the driver does not know whether there will be masks: what was asked for holds all the same
+        chosen = crossovers(task.model, task.input_shape, experiment.sparse, batch)
     for name in experiment.crossover:
         if name not in chosen:
             raise unknown("layer in [crossover]", name, chosen)
@@ -269,7 +272,8 @@ def _write(path: Path, text: str) -> None:
 def _config(experiment: Experiment, method: Method, federation: Federation) -> str:
     """The experiment with every default filled in, and what it was run with."""
     hyper = {**hyper_parameters(method), **experiment.hyper}
-    resolved = replace(experiment, model=federation.model, crossover=federation.task.crossover).to_dict()
+    crossover = federation.task.crossover if experiment.sparse == "auto" else {}
+    resolved = replace(experiment, model=federation.model, crossover=crossover).to_dict()
     resolved["method"] = {"name": experiment.method, experiment.method: hyper}  # under its name: of no other method
     facts = {
         "clients": len(federation.clients),

@@ -6,9 +6,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numba.core.dispatcher import Dispatcher
 from torch import Tensor
 from torch.nn import functional
 
@@ -367,43 +366,10 @@ def test_the_same_bits_twice_and_from_two_threads(case: Case) -> None:
     assert all(one == want for one in found)
 
 
-def kernel_call(direction: str) -> Callable[[], object]:
-    """A kernel with arguments that keep it busy for some milliseconds."""
-    case = Case(64, (32, 32), 64, (3, 3), padding=(1, 1), batch=16, pattern="half")
-    data, geo = draw(case), case.geometry
-    operand = data.raw, data.scale, data.shift, case.relu
-    out, sums = np.empty_like(data.grad), np.empty((2, case.outputs, case.batch))
-    if direction == "forward":
-        return partial(kernels.conv_forward, *operand, data.positions, data.values, data.bias, geo, out, sums)
-    grads = np.empty_like(data.values), np.empty_like(data.bias), data.before, np.empty_like(data.raw)
-    out[...] = 0
-    given = data.positions, data.values, data.grad, out, data.lines, geo
-    return partial(kernels.conv_backward, *operand, *given, *grads, True, np.empty((2, case.inputs, case.batch)))
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_other_threads_run_while_a_kernel_does(direction: str) -> None:
-    """No thread is made to give up the GIL here, so that this one wakes inside the kernel or after it."""
-    work = kernel_call(direction)
-    work()  # compiled from here on
-    running, done = threading.Event(), threading.Event()
-    interval = sys.getswitchinterval()
-
-    def other() -> None:
-        running.set()
-        work()
-        done.set()
-
-    thread = threading.Thread(target=other)
-    sys.setswitchinterval(1e3)
-    try:
-        thread.start()
-        running.wait()
-        woke_inside = not done.is_set()
-        thread.join()
-    finally:
-        sys.setswitchinterval(interval)
-    assert woke_inside
+def test_compiled_code_releases_the_gil() -> None:
+    compiled = [f for f in vars(kernels).values() if isinstance(f, Dispatcher)]
+    assert len(compiled) > 3
+    assert all(f.targetoptions["nogil"] for f in compiled)
 
 
 def loop_forward(case: Case, data: Data) -> Array:
@@ -477,6 +443,18 @@ def test_nan_in_a_gradient_stays_visible(bad: float) -> None:
     there[:, 2, 3:6, 2:5] = True
     np.testing.assert_array_equal(~np.isfinite(d_raw), there)
     np.testing.assert_array_equal(~np.isfinite(d_sums).all(0), there.any((2, 3)))
+
+
+def test_the_gradient_passes_where_a_relu_saw_nan() -> None:
+    """As in torch; where it saw less than 0 it does not."""
+    case = replace(SPECIAL[0], lines=False, before="none")
+    data = draw(case)
+    (want,) = run_backward(replace(case, relu=False), data, data.grad)[2:3]
+    data.raw[1, 2, 4, 3] = np.nan
+    data.raw[1, 2, 4, 4], data.scale[1, 2], data.shift[1, 2] = -1.0, 1.0, 0.5
+    got = run_backward(case, data, data.grad)[2]
+    assert got[1, 2, 4, 3] == want[1, 2, 4, 3] != 0
+    assert got[1, 2, 4, 4] == 0
 
 
 def test_sums_are_optional() -> None:

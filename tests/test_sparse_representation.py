@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import tomllib
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from fedsparse.experiment import from_dict
 from fedsparse.masked import network, score_masked, top_gradients
 from fedsparse.sparse.masks import Mask, compact, whole
 from fedsparse.sparse.program import UnsupportedError
-from fedsparse.sparse.representation import crossovers, executor_for, prepare, why_dense
+from fedsparse.sparse.representation import crossovers, executor_for, prepare, program_of, why_dense
 from fedsparse.task import Params, Split, Task
 from tests.helpers import CLASSES, small_split, small_task
 
@@ -112,9 +114,7 @@ def test_float64_and_models_without_a_sparse_form_are_computed_masked_dense() ->
     double = gradients(task, params, mask, Split(data.x.double(), data.y))
     assert all(g.dtype == torch.float64 for g in double)
     series = small_task("cnn1d", shape=(2, 32))
-    assert "layer conv1 (Conv1d) has no sparse form" in why_dense(series.model, series.input_shape) or why_dense(
-        series.model, series.input_shape
-    ).startswith("its input has 2 axes")
+    assert why_dense(series.model, series.input_shape).startswith("its input has 2 axes")
     some = {"conv2.weight": torch.tensor([0, 3], dtype=torch.int32)}
     assert executor_for(series.model, series.input_shape, some, {}) is None
     with pytest.raises(UnsupportedError):
@@ -153,6 +153,85 @@ def test_the_largest_gradients_of_pruned_weights(sparse: bool, a: int, monkeypat
             assert float(size[left].max()) <= float(size[at.long()].min()) * (1 + 1e-4) + 1e-6
 
 
+def test_what_a_trace_cannot_see_is_computed_masked_dense() -> None:
+    class Moody(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x if self.training else x + x)
+
+    hooked, tied, moody = conv_task().model, nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), Moody(nn.Linear(3, 3))
+    hooked.get_submodule("conv2").register_forward_hook(lambda *_: None)
+    tied[1].weight = tied[0].weight
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))
+    assert why_dense(hooked, SHAPE) == "layer conv2 has hooks or parametrizations"
+    assert why_dense(tied, (3,)) == "layers share a parameter"
+    assert why_dense(moody, (3,)) == "it computes something else in training than in evaluation"
+    assert "hooks or parametrizations" in why_dense(nn.Sequential(normed), (3,))
+
+
+def test_a_refused_model_is_not_kept_alive() -> None:
+    """Nor the frames of those who asked."""
+    model = nn.Sequential(nn.Conv1d(1, 1, 1))
+    alive = weakref.ref(model)
+    for _ in range(3):
+        assert why_dense(model, (1, 4))
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_program_belongs_to_a_shape_of_the_input() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 2))
+    shapes = [(1, 8, 8), (1, 12, 12)]
+    assert [program_of(model, shape).values[1].height for shape in shapes] == [6, 10]
+
+
+@pytest.mark.parametrize("damage", ["layout", "float64", "gradient", "kept", "bias"])
+def test_inputs_and_parameters_that_do_not_fit_are_one_clear_line(damage: str) -> None:
+    task, data = conv_task(), small_split(4, "x", shape=SHAPE)
+    mask = half_mask(task)
+    task.crossover = dict.fromkeys(("conv1", "conv2", "fc1", "output"), 2.0)
+    params, x = compact(task.init_params(), mask), data.x
+    if damage == "layout":
+        x = x.permute(0, 2, 3, 1)
+    elif damage == "float64":
+        x = x.double()
+    elif damage == "gradient":
+        x = x.clone().requires_grad_()
+    elif damage == "kept":
+        params["fc1.weight"] = params["fc1.weight"][:-1]
+    else:
+        params["fc1.bias"] = params["fc1.bias"][:-1]
+    wanted = {"layout": r"of shape \(9, 9, 2\)", "float64": "float64", "gradient": "gradient of the input"}
+    wanted |= {"kept": "fc1.weight has 959", "bias": "fc1.bias has 39"}
+    with network(task, params, mask) as forward, pytest.raises(UserError, match=wanted[damage]):
+        forward(x)
+
+
+def test_no_examples_and_no_second_backward_pass() -> None:
+    task, data = conv_task(), small_split(4, "x", shape=SHAPE)
+    mask = half_mask(task)
+    task.crossover = dict.fromkeys(("conv1", "conv2", "fc1", "output"), 2.0)
+    params = {name: t.requires_grad_(name in task.trainable) for name, t in compact(task.init_params(), mask).items()}
+    task.model.train(True)
+    with network(task, params, mask) as forward:
+        assert forward(data.x[:0]).shape == (0, CLASSES)
+        loss = forward(data.x).sum()
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="second backward pass"):
+            loss.backward()
+
+
+def test_gradients_that_are_not_finite_are_named() -> None:
+    task, data = conv_task(), small_split(4, "x", shape=SHAPE)
+    mask = half_mask(task)
+    for choice in (0.0, 2.0):
+        task.crossover = dict.fromkeys(("conv1", "conv2", "fc1", "output"), choice)
+        params = compact(task.init_params(), mask)
+        params["conv1.weight"] = params["conv1.weight"] * float("nan")
+        with pytest.raises(UserError, match="not finite"):
+            top_gradients(task, params, mask, data, {"conv2.weight": 3})
+
+
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -185,6 +264,15 @@ def test_what_is_given_is_not_measured(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     assert set(prepare(task.model, SHAPE, "dense", 8).values()) == {0.0}
     assert set(prepare(task.model, SHAPE, "sparse", 8).values()) == {2.0}
+
+
+@pytest.mark.parametrize("pixel", [True, False])
+def test_a_driver_prepares_norms_on_single_values(pixel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDSPARSE_CACHE", str(tmp_path))
+    norm = nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    image = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    model, shape = (image, (1, 1, 1)) if pixel else (norm, (5,))
+    assert all(0 <= value <= 2 for value in prepare(model, shape, "auto", 4).values())
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -275,12 +363,12 @@ for method in ("fixed_mask", "fedtiny"):
 
 _ADD = """
 import numpy as np
-from fedsparse.sparse import pointwise
+from fedsparse.sparse import kernels
 a, f = np.ones((1, 1, 2, 2), np.float32), np.ones((1, 1), np.float32)
 out = np.empty_like(a)
-pointwise.add(a, f, f, False, a, f, f, True, out)
+kernels.add(a, f, f, False, a, f, f, True, out)
 assert (out == 4).all()
-print(sum(pointwise.add.stats.cache_hits.values()))
+print(sum(kernels.add.stats.cache_hits.values()))
 """
 
 

@@ -1,4 +1,4 @@
-"""Masks, blocks, the knapsack, compact layers and the wire codec. Torch and numpy only."""
+"""Masks, blocks, the knapsack, compact layers and the wire codec. Torch, numpy and numba only."""
 
 CHOICES = ("auto", "dense", "sparse")
 """How layers under an element mask are computed: see :mod:`fedsparse.sparse.representation`."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.errors import UserError
-from fedsparse.sparse import SEARCH_PIECE, kernels, pointwise
+from fedsparse.sparse import SEARCH_PIECE, kernels
 from fedsparse.sparse.masks import Mask, check_mask, spread
 from fedsparse.sparse.program import Op, Program, Value
 
@@ -36,6 +36,13 @@ class Buffers:
     def __init__(self) -> None:
         self._free: dict[int, list[Array]] = {}
         self._holders: dict[int, int] = {}
+        self._batch = 0
+
+    def serve(self, batch: int) -> None:
+        """For passes over batches of this size: what fits other sizes goes, or a smaller last batch would double it."""
+        if batch != self._batch:
+            self._free.clear()
+            self._batch = batch
 
     def take(self, shape: tuple[int, ...]) -> Array:
         size = int(np.prod(shape))
@@ -132,6 +139,10 @@ class Executor:
 
         train: norms use the batch and update the running statistics in ``params`` in place.
         """
+        if x.requires_grad:
+            raise UserError("the sparse executor gives no gradient of the input; use the dense representation for that")
+        if not len(x):
+            return x.new_zeros((0, self.program.values[self.program.output].channels))
         leaves = [params[name] for name in self.parameters]
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
             out: Tensor = _Function.apply(self, params, x, train, *leaves)  # type: ignore[no-untyped-call]
@@ -162,7 +173,7 @@ class Executor:
             op = self.program.ops[number]
             source, target = self.program.values[op.sources[0]], self.program.values[op.target]
             size, images = (source.height, source.width), n
-            if _is_vector_product(source, target):
+            if _is_vector_product(op, source, target):
                 images = _images_of_vectors(n, source.channels)
                 size = (1, n // images)
             geometry = kernels.geometry(
@@ -206,6 +217,10 @@ class Run:
         self.train = train
         self.keep = keep
         self.n = len(x)
+        if tuple(x.shape[1:]) != self.program.input_shape or x.dtype != torch.float32:
+            shape, wanted = tuple(x.shape[1:]), self.program.input_shape
+            raise UserError(f"inputs are {x.dtype} of shape {shape} an example, torch.float32 of {wanted} is wanted")
+        self.buffers.serve(self.n)
         count = len(self.program.values)
         self.raw: list[Array | None] = [None] * count
         self.scales: list[tuple[Array, Array]] = [(_NONE1, _NONE1)] * count
@@ -235,7 +250,7 @@ class Run:
         self.advance()
         out = self._operand(self.program.output)
         logits = np.empty((out.raw.shape[0], self.n, 1, 1), np.float32)
-        pointwise.values_of(*out.parts(), logits)
+        kernels.values_of(*out.parts(), logits)
         if not self.keep:
             self.close()
         return torch.from_numpy(logits.reshape(logits.shape[:2])).t().contiguous()
@@ -254,9 +269,9 @@ class Run:
         if op.kind == "conv":
             sums = self._convolve(number, op, operands[0], out)
         elif op.kind == "add":
-            pointwise.add(*operands[0].parts(), *operands[1].parts(), out)
+            kernels.add(*operands[0].parts(), *operands[1].parts(), out)
         elif op.kind == "max":
-            pointwise.max_pool(*operands[0].parts(), _window(op), out)
+            kernels.max_pool(*operands[0].parts(), _window(op), out)
         else:
             self._rearrange(op, operands[0], out)
         self.raw[op.target] = out
@@ -265,7 +280,7 @@ class Run:
     def _rearrange(self, op: Op, operand: Operand, out: Array) -> None:
         """The mean over windows, or features in the place of channels and positions."""
         read = self.buffers.take(operand.raw.shape)
-        pointwise.values_of(*operand.parts(), read)
+        kernels.values_of(*operand.parts(), read)
         if op.kind == "mean":
             np.mean(_windows(read, op), axis=(3, 5), out=out)
         else:
@@ -298,7 +313,7 @@ class Run:
     def _matrix(self, operand: Operand) -> Tensor:
         """An operand as (channels, n * h * w)."""
         out = np.empty(operand.raw.shape, np.float32)
-        pointwise.values_of(*operand.parts(), out)
+        kernels.values_of(*operand.parts(), out)
         return torch.from_numpy(out).flatten(1)
 
     def _images(self, operand: Operand) -> Tensor:
@@ -308,7 +323,7 @@ class Run:
         """
         c, n, h, w = operand.raw.shape
         out = np.empty((n, c, h, w), np.float32)
-        pointwise.values_of(*operand.parts(), out.transpose(1, 0, 2, 3))
+        kernels.values_of(*operand.parts(), out.transpose(1, 0, 2, 3))
         return torch.from_numpy(out)
 
     def _weight(self, op: Op) -> tuple[Array, Array]:
@@ -318,7 +333,11 @@ class Run:
         wanted = len(self.executor.mask[name]) if name in self.executor.mask else math.prod(self.program.shape(op))
         if weight.size != wanted or weight.dtype != np.float32:
             raise UserError(f"{name} has {weight.size} {weight.dtype} values, {wanted} float32 values are wanted")
-        return weight, _array(self.params[f"{op.name}.bias"]) if op.bias else _NONE1
+        bias = _array(self.params[f"{op.name}.bias"]) if op.bias else _NONE1
+        outputs = self.program.values[op.target].channels
+        if op.bias and (bias.size != outputs or bias.dtype != np.float32):
+            raise UserError(f"{op.name}.bias has {bias.size} {bias.dtype} values, {outputs} float32 values are wanted")
+        return weight, bias
 
     def _dense_weight(self, op: Op) -> Tensor:
         """A layer's weight as a dense layer reads it, (outputs, inputs, kernel height, kernel width)."""
@@ -342,7 +361,7 @@ class Run:
             return
         if sums is None and self._needs_sums(value):
             sums = np.empty((2, *raw.shape[:2]))
-            pointwise.moments(raw, raw, sums)
+            kernels.moments(raw, raw, sums)
         statistics = self._group(v, sums) if v.norm.groups else self._batch(v, sums)
         weight, bias = self._affine(v)
         whole = (v.channels, self.n)
@@ -470,7 +489,7 @@ class Run:
             operand = self._operand(source)
             out = self.buffers.take(operand.raw.shape)
             if op.kind == "max":
-                pointwise.max_pool_backward(*operand.parts(), _window(op), self._operand(op.target).raw, grad, out)
+                kernels.max_pool_backward(*operand.parts(), _window(op), self._operand(op.target).raw, grad, out)
             elif op.kind == "mean":
                 out[:] = 0
                 _windows(out, op)[...] = grad[:, :, :, None, :, None] / (op.kernel[0] * op.kernel[1])
@@ -631,12 +650,12 @@ class _Flow:
             self.grads[value] = grad
             if v.norm is not None:
                 self.sums[value] = np.empty((2, *grad.shape[:2]))
-                pointwise.moments(grad, self.run._operand(value).raw, self.sums[value])
+                kernels.moments(grad, self.run._operand(value).raw, self.sums[value])
             return
         target, before, last, sums = self.open(value, self.run.n)
         operand = self.run._operand(value)
         sums = sums if sums.size else np.empty((2, *grad.shape[:2]))
-        pointwise.finish(grad, before, operand.raw, operand.scale, operand.shift, v.relu and last, target, sums)
+        kernels.finish(grad, before, operand.raw, operand.scale, operand.shift, v.relu and last, target, sums)
         self.run.buffers.give(grad)
         self.close(value, target, before)
 
@@ -670,6 +689,8 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Any, ...]:
+        if ctx.run.raw[0] is None:
+            raise RuntimeError("the sparse executor keeps nothing for a second backward pass over the same batch")
         grads = ctx.run.backward(d_logits.contiguous())
         names = ctx.run.executor.parameters
         return (None, None, None, None, *(torch.from_numpy(grads[name]) for name in names))
@@ -692,10 +713,10 @@ def _by_group(values: Array, groups: int) -> Array:
     return np.repeat(values.reshape(groups, size, -1).sum(1), size, axis=0)
 
 
-def _is_vector_product(source: Value, target: Value) -> bool:
+def _is_vector_product(op: Op, source: Value, target: Value) -> bool:
     """Whether an operation is a linear layer of which all examples may be treated alike."""
     vectors = source.height * source.width * target.height * target.width == 1
-    return vectors and not any(v.norm is not None and v.norm.groups for v in (source, target))
+    return vectors and _is_product(op) and not any(v.norm is not None and v.norm.groups for v in (source, target))
 
 
 def _images_of_vectors(n: int, features: int) -> int:

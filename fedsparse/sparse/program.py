@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional
+from torch.nn.utils import parametrize
 
 Pair = tuple[int, int]
 
@@ -65,8 +66,10 @@ class Op:
 
 @dataclass(frozen=True)
 class Program:
-    """values[0] is the input; ``output`` the logits. uses: how many operations read a value."""
+    """values[0] is the input, of ``input_shape`` an example; ``output`` the logits. uses: how many operations read a
+    value."""
 
+    input_shape: tuple[int, ...]
     values: tuple[Value, ...]
     ops: tuple[Op, ...]
     output: int
@@ -81,12 +84,28 @@ def read_program(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     """The program of ``model`` on examples of ``input_shape``. Raises UnsupportedError with the reason."""
     if sum(1 for _ in model.named_parameters(remove_duplicate=False)) > sum(1 for _ in model.parameters()):
         raise UnsupportedError("layers share a parameter")
-    try:
-        graph = fx.symbolic_trace(model).graph
-    except Exception as error:
-        raise UnsupportedError(f"it cannot be traced ({str(error).splitlines()[0]})") from error
-    graph.eliminate_dead_code()
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module):
+            raise UnsupportedError(f"layer {name or 'the model itself'} has hooks or parametrizations")
+    graph, in_evaluation = (_traced(model, train=train) for train in (True, False))
+    if str(graph) != str(in_evaluation):
+        raise UnsupportedError("it computes something else in training than in evaluation")
     return _Reader(model, input_shape).read(graph)
+
+
+def _traced(model: nn.Module, *, train: bool) -> fx.Graph:
+    """The graph in a mode; every module keeps the mode it has."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        graph = fx.symbolic_trace(model.train(train)).graph
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UnsupportedError(f"it cannot be traced ({reason})") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    graph.eliminate_dead_code()
+    return graph
 
 
 class _Reader:
@@ -97,6 +116,7 @@ class _Reader:
             raise UnsupportedError(f"its input has {len(input_shape)} axes, where images (3) or features (1) are known")
         c, h, w = input_shape if len(input_shape) == 3 else (*input_shape, 1, 1)
         self.model = model
+        self.input_shape = input_shape
         self.values = [Value(c, h, w)]
         self.ops: list[Op] = []
         self.at: dict[fx.Node, int] = {}
@@ -122,19 +142,20 @@ class _Reader:
         if twice := next((name for name in names if names.count(name) > 1), ""):
             raise UnsupportedError(f"layer {twice} is used more than once")
         uses = [sum(op.sources.count(v) for op in self.ops) for v in range(len(self.values))]
-        return Program(tuple(self.values), tuple(self.ops), output, tuple(uses))
+        return Program(self.input_shape, tuple(self.values), tuple(self.ops), output, tuple(uses))
 
     def _step(self, node: fx.Node) -> int:
         """Read one node; the number of the value that it makes."""
         target, sources = self._meaning(node)
+        plain = len(sources) == len(node.args) and node.kwargs.keys() <= {"inplace"}
         if isinstance(target, nn.Module):
             reader = next((f for kinds, f in _MODULES if isinstance(target, kinds)), None)
-            if reader is not None and len(sources) == 1:
+            if reader is not None and len(sources) == 1 and plain:
                 return reader(self, target, str(node.target), sources[0])
             raise UnsupportedError(f"layer {node.target} ({type(target).__name__}) has no sparse form")
-        if target == "add" and len(sources) == 2:
+        if target == "add" and len(sources) == 2 and plain:
             return self._add(self.at[sources[0]], self.at[sources[1]])
-        if target == "relu" and len(sources) == 1:
+        if target == "relu" and len(sources) == 1 and plain:
             return self._relu(nn.ReLU(), "relu", sources[0])
         if target == "flatten" and (node.args[1:], dict(node.kwargs)) in _FROM_FIRST:
             return self._flatten(nn.Flatten(), "flatten", sources[0])

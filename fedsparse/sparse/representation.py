@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -43,22 +43,35 @@ _LOW, _HIGH = 0.02, 0.2  # densities that are timed
 
 Crossover = Mapping[str, float]
 _log = logging.getLogger("fedsparse")
-_programs: WeakKeyDictionary[nn.Module, Program | UnsupportedError] = WeakKeyDictionary()
+_programs: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Program | str]] = WeakKeyDictionary()
 
 
 def program_of(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     """The model's program, read once. Raises UnsupportedError with the reason why it has none here."""
-    if find_spec("numba") is None:
-        raise UnsupportedError("numba is not installed")
-    if model not in _programs:
+    if reason := _no_numba():
+        raise UnsupportedError(reason)
+    known = _programs.setdefault(model, {})
+    if input_shape not in known:
         try:
-            _programs[model] = read_program(model, input_shape)
+            known[input_shape] = read_program(model, input_shape)
         except UnsupportedError as error:
-            _programs[model] = error
-    found = _programs[model]
-    if isinstance(found, UnsupportedError):
-        raise found
+            known[input_shape] = str(error)  # not the error itself, whose traceback would keep everything alive
+    found = known[input_shape]
+    if isinstance(found, str):
+        raise UnsupportedError(found)
     return found
+
+
+@lru_cache(maxsize=1)
+def _no_numba() -> str:
+    """Why numba cannot be used, or ""."""
+    try:
+        import_module("numba")
+    except ModuleNotFoundError as error:
+        return "numba is not installed" if error.name == "numba" else f"numba cannot be imported ({error})"
+    except ImportError as error:
+        return f"numba cannot be imported ({(str(error).splitlines() or ['no reason given'])[0]})"
+    return ""
 
 
 def why_dense(model: nn.Module, input_shape: tuple[int, ...]) -> str:
@@ -128,7 +141,7 @@ def prepare(
 @contextmanager
 def _saying(text: str) -> Iterator[None]:
     """Log a line if what follows takes long. The timer's thread is gone afterwards: workers may be forked."""
-    timer = threading.Timer(2.0, _log.info, (text,))
+    timer = threading.Timer(2.0, _log.warning, (text,))
     timer.start()
     try:
         yield
@@ -138,7 +151,8 @@ def _saying(text: str) -> Iterator[None]:
 
 
 def _warm_up(program: Program, input_shape: tuple[int, ...]) -> None:
-    """One pass of the program at almost no density: compiles whatever it needs, the search of gradients too."""
+    """One pass of the program in each representation at almost no density: compiles whatever a run may need, the
+    search of gradients too."""
     from fedsparse.sparse.executor import Executor
 
     params: dict[str, torch.Tensor] = {}
@@ -153,7 +167,9 @@ def _warm_up(program: Program, input_shape: tuple[int, ...]) -> None:
             params[f"{op.name}.weight"] = torch.ones(1)
             params[f"{op.name}.bias"] = torch.zeros(program.values[op.target].channels)
     last = next(op.name for op in reversed(program.ops) if op.kind == "conv")
-    Executor(program, mask).search(params, torch.zeros(1, *input_shape), torch.ones_like, {last: lambda *_: None})
+    x = torch.zeros(2, *input_shape)
+    for dense in ((), [name.removesuffix(".weight") for name in mask]):
+        Executor(program, mask, frozenset(dense)).search(params, x, torch.ones_like, {last: lambda *_: None})
 
 
 def crossovers(
@@ -225,7 +241,7 @@ def _seconds(program: Program, op: Op, n: int, density: float, *, dense: bool) -
     layer = Op("conv", (0 if first else 1,), 1 if first else 2, "layer", False, *_window(op))
     rest = () if first else (Op("add", (0, 0), 1),)
     values, uses = ((plain, out), (1, 0)) if first else ((plain, plain, out), (2, 1, 0))
-    alone = Program(values, (*rest, layer), layer.target, uses)
+    alone = Program((plain.channels, plain.height, plain.width), values, (*rest, layer), layer.target, uses)
     rng = np.random.default_rng(0)
     weights = _weights(program, op)
     kept = np.sort(rng.choice(weights, max(1, int(density * weights)), replace=False)).astype(np.int32)
@@ -256,11 +272,12 @@ def _machine() -> str:
     """What the times depend on."""
     from importlib.metadata import version
 
-    parts = (_FORMAT, _cpu(), torch.backends.cpu.get_cpu_capability(), version("torch"), version("numba"))
+    parts = (_FORMAT, cpu_name(), torch.backends.cpu.get_cpu_capability(), version("torch"), version("numba"))
     return " | ".join(map(str, parts))
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """The processor's model."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
