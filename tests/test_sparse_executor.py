@@ -197,10 +197,16 @@ def test_densities(name: str, density: float) -> None:
 @pytest.mark.parametrize("train", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODELS)
 def test_one_example(name: str, train: bool) -> None:
-    """torch refuses to train batch norms on a single value a channel, as VGG11's last one sees."""
-    if name != "vgg11" or not train:
-        task = named_task(name)
-        check(task, draw_mask(task, 0.3), 1, train=train)
+    task = named_task(name)
+    check(task, draw_mask(task, 0.3), 1, train=train)
+
+
+def test_batch_norms_do_not_train_on_a_single_value() -> None:
+    """As torch's."""
+    task = task_of(chain(fc1=nn.Linear(7, 20), bn1=nn.BatchNorm1d(20), relu1=nn.ReLU(), output=nn.Linear(20, 5)), (7,))
+    check(task, {}, 1, train=False)
+    with pytest.raises(UserError, match="batch norm bn1 needs more than one value"):
+        Executor(read_program(task.model, (7,)), {}).logits(task.init_params(), torch.ones(1, 7), train=True)
 
 
 @pytest.mark.parametrize("name", ["mlp", "leafcnn1", "vgg11-group", "resnet18"])
@@ -490,10 +496,10 @@ def test_vectors(width: int, n: int) -> None:
 
 
 def test_norms_of_inputs_far_from_zero() -> None:
-    """Pixels in [0, 255], and a channel that is empty."""
+    """Pixels in [0, 255], and a channel that is constant."""
     task = task_of(CHAINS["normalised input"](), (3, 6, 7))
     x = torch.rand(9, 3, 6, 7, generator=torch_rng("pixels")) * 255
-    x[:, 1] = 0
+    x[:, 1] = 77
     check(task, draw_mask(task, 0.5), 9, train=True, x=x)
 
 
