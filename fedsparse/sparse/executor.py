@@ -46,10 +46,18 @@ class Buffers:
 
     def take(self, shape: tuple[int, ...]) -> Array:
         size = int(np.prod(shape))
-        free = self._free.get(size)
-        array = (free.pop() if free else np.empty(size, np.float32)).reshape(shape)
+        if not self._free.get(size):
+            self._make_room(size)
+            self._free[size] = [np.empty(size, np.float32)]
+        array = self._free[size].pop().reshape(shape)
         self._holders[_address(array)] = 1
         return array
+
+    def _make_room(self, size: int) -> None:
+        """Let go of free arrays of other sizes, so that a new one adds nothing to the peak."""
+        for other in sorted(self._free, reverse=True):
+            while self._free[other] and size > 0:
+                size -= self._free[other].pop().size
 
     def share(self, array: Array) -> Array:
         self._holders[_address(array)] += 1
@@ -488,6 +496,7 @@ class Run:
         elif flow.wanted(source):
             operand = self._operand(source)
             out = self.buffers.take(operand.raw.shape)
+            active = op.kind == "max"  # the ReLU's derivative is in its gradient
             if op.kind == "max":
                 kernels.max_pool_backward(*operand.parts(), _window(op), self._operand(op.target).raw, grad, out)
             elif op.kind == "mean":
@@ -496,7 +505,7 @@ class Run:
             else:
                 c, n, h, w = out.shape
                 out[...] = grad.reshape(c, h, w, n).transpose(0, 3, 1, 2)
-            flow.give(source, out)
+            flow.give(source, out, active=active)
         self.buffers.give(grad)
 
     def _show(self, number: int, op: Op, flow: _Flow, lines: Array, show: Show) -> None:
@@ -635,8 +644,8 @@ class _Flow:
             self.run.buffers.give(before)
         self.grads[value] = target
 
-    def give(self, value: int, grad: Array) -> None:
-        """A gradient in an array that the caller hands over."""
+    def give(self, value: int, grad: Array, *, active: bool = False) -> None:
+        """A gradient in an array that the caller hands over. active: it is zero where the ReLU is not active."""
         if not self.wanted(value):
             self.run.buffers.give(grad)
             return
@@ -645,7 +654,7 @@ class _Flow:
             self.uses[value] -= 1
             self.grads[value] = grad
             return
-        if first and not v.relu:  # nothing to change
+        if first and (active or not v.relu):  # nothing to change
             self.uses[value] -= 1
             self.grads[value] = grad
             if v.norm is not None:

@@ -908,17 +908,19 @@ def _halve_backward(raw: Array, scale: Array, shift: Array, relu: bool, grad: Ar
                     z2, z3 = active(low[2 * j], a, d, relu), active(low[2 * j + 1], a, d, relu)
                     first, second = max(z0, z1), max(z2, z3)
                     upper = first >= second
-                    to_top[2 * j] = g[j] if upper and z0 >= z1 else zero
-                    to_top[2 * j + 1] = g[j] if upper and not z0 >= z1 else zero
-                    to_low[2 * j] = g[j] if not upper and z2 >= z3 else zero
-                    to_low[2 * j + 1] = g[j] if not upper and not z2 >= z3 else zero
+                    v = zero if relu and max(first, second) <= 0 else g[j]
+                    to_top[2 * j] = v if upper and z0 >= z1 else zero
+                    to_top[2 * j + 1] = v if upper and not z0 >= z1 else zero
+                    to_low[2 * j] = v if not upper and z2 >= z3 else zero
+                    to_low[2 * j + 1] = v if not upper and not z2 >= z3 else zero
 
 
 @kernel
 def max_pool_backward(
     raw: Array, scale: Array, shift: Array, relu: bool, window: Window, best: Array, grad: Array, out: Array
 ) -> None:
-    """``out`` gets each window's gradient at its largest value (the first of equals), zero elsewhere.
+    """``out`` gets each window's gradient at its largest value (the first of equals), zero elsewhere and where the ReLU
+    is not active.
 
     best: the pool's output.
     """
@@ -940,5 +942,6 @@ def max_pool_backward(
                         start, first, end = _reach(x, sw, pw, raw.shape[3], grad.shape[3])
                         for j in range(first, end):
                             hit = active(line[j * sw + start], a, d, relu) == top[j]
-                            to[j * sw + start] += left[j] if hit else np.float32(0.0)
+                            gone = relu and top[j] <= 0
+                            to[j * sw + start] += left[j] if hit and not gone else np.float32(0.0)
                             left[j] = np.float32(0.0) if hit else left[j]
