@@ -874,14 +874,31 @@ def _reach(taps: int, step: int, pad: int, size: int, count: int) -> tuple[int, 
 
 
 @kernel
+def _halve_row(top: Array, low: Array, a: Real, d: Real, best: Array) -> None:
+    """The largest values of windows of 2 x 2 in two rows."""
+    for j in range(len(best)):
+        z = top[2 * j] * a + d
+        for v in (top[2 * j + 1] * a + d, low[2 * j] * a + d, low[2 * j + 1] * a + d):
+            z = v if (v > z) | (v != v) else z
+        best[j] = z
+
+
+@kernel
 def max_pool(raw: Array, scale: Array, shift: Array, relu: bool, window: Window, out: Array) -> None:
     """Window: kernel height and width, stride, padding. NaN is the largest value, as in torch."""
     kh, kw, sh, sw, ph, pw = window
+    halves = window == (2, 2, 2, 2, 0, 0)
     for c in range(out.shape[0]):
         for n in range(out.shape[1]):
             a, d = scale[c, n], shift[c, n]
             for i in range(out.shape[2]):
                 best = row(out, c, n, i)
+                if halves:
+                    _halve_row(row(raw, c, n, 2 * i), row(raw, c, n, 2 * i + 1), a, d, best)
+                    if relu:
+                        for j in range(len(best)):
+                            best[j] = np.float32(0.0) if best[j] < 0 else best[j]
+                    continue
                 best[:] = -np.inf
                 for y in range(max(0, ph - i * sh), min(kh, raw.shape[2] + ph - i * sh)):
                     line = row(raw, c, n, i * sh - ph + y)
@@ -894,25 +911,27 @@ def max_pool(raw: Array, scale: Array, shift: Array, relu: bool, window: Window,
 
 @kernel
 def _halve_backward(raw: Array, scale: Array, shift: Array, relu: bool, grad: Array, out: Array) -> None:
-    """:func:`max_pool_backward` for windows of 2 x 2 that do not overlap."""
+    """:func:`max_pool_backward` for windows of 2 x 2 that do not overlap, in loops that vectorise."""
     zero = np.float32(0.0)
+    width = grad.shape[3]
+    best, left = np.empty(width, np.float32), np.empty(width, np.float32)
     for c in range(grad.shape[0]):
         for n in range(grad.shape[1]):
             a, d = scale[c, n], shift[c, n]
             for i in range(grad.shape[2]):
-                top, low = row(raw, c, n, 2 * i), row(raw, c, n, 2 * i + 1)
-                to_top, to_low = row(out, c, n, 2 * i), row(out, c, n, 2 * i + 1)
                 g = row(grad, c, n, i)
-                for j in range(len(g)):
-                    z0, z1 = active(top[2 * j], a, d, relu), active(top[2 * j + 1], a, d, relu)
-                    z2, z3 = active(low[2 * j], a, d, relu), active(low[2 * j + 1], a, d, relu)
-                    first, second = max(z0, z1), max(z2, z3)
-                    upper = first >= second
-                    v = zero if relu and max(first, second) <= 0 else g[j]
-                    to_top[2 * j] = v if upper and z0 >= z1 else zero
-                    to_top[2 * j + 1] = v if upper and not z0 >= z1 else zero
-                    to_low[2 * j] = v if not upper and z2 >= z3 else zero
-                    to_low[2 * j + 1] = v if not upper and not z2 >= z3 else zero
+                _halve_row(row(raw, c, n, 2 * i), row(raw, c, n, 2 * i + 1), a, d, best)
+                for j in range(width):
+                    left[j] = zero if relu & (best[j] <= 0) else g[j]
+                for y in range(2):
+                    line, to = row(raw, c, n, 2 * i + y), row(out, c, n, 2 * i + y)
+                    for j in range(width):
+                        v = left[j]
+                        first, second = line[2 * j] * a + d >= best[j], line[2 * j + 1] * a + d >= best[j]
+                        rest = zero if first else v
+                        to[2 * j] = v if first else zero
+                        to[2 * j + 1] = rest if second else zero
+                        left[j] = zero if second else rest
 
 
 @kernel
@@ -925,8 +944,10 @@ def max_pool_backward(
     best: the pool's output.
     """
     kh, kw, sh, sw, ph, pw = window
-    out[:] = 0
-    if window == (2, 2, 2, 2, 0, 0):
+    halves = window == (2, 2, 2, 2, 0, 0)
+    if not halves or out.shape[2] % 2 or out.shape[3] % 2:
+        out[:] = 0
+    if halves:
         _halve_backward(raw, scale, shift, relu, grad, out)
         return
     left = np.empty(grad.shape[3], np.float32)

@@ -37,7 +37,7 @@ DEFAULT_CROSSOVER = 0.2
 """Of a layer that was not measured: between those of linear layers (0.1) and of 3x3 convolutions (0.4)."""
 
 ALWAYS, NEVER = 2.0, 0.0  # crossovers above every density and below
-_FORMAT = 1  # of the file, and of what is measured
+_FORMAT = 2  # of the file, and of what is measured: raise it when kernels change
 _WORK = 5e8  # multiply-adds of a dense layer that is timed
 _LOW, _HIGH = 0.02, 0.2  # densities that are timed
 
