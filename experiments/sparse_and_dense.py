@@ -197,7 +197,7 @@ def _cifar(side: str, rounds: int) -> fedsparse.Experiment:
     return from_dict(
         {
             "dataset": "cifar10_small", "model": "resnet18", "rounds": rounds, "sparse": side,
-            "partition": {"scheme": "dirichlet", "alpha": 0.5, "clients": 10, "max_clients": 4, "holdout": 5},
+            "partition": {"scheme": "dirichlet", "alpha": 0.5, "clients": 10, "max_clients": 2, "holdout": 5},
             "evaluate": {"every": rounds},
             "method": {
                 "name": "fedtiny", "density": 0.01, "pool": 4, "pretrain": "holdout", "passes": 1,

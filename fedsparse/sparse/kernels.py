@@ -40,8 +40,8 @@ LANES = 16 if binding.get_host_cpu_features().get("avx512f") else 8
 """Floats in a vector register; run lengths are multiples of it."""
 
 _FAST = {"reassoc", "nsz", "arcp"}
-"""Not nnan, not ninf: a NaN must stay visible. Not contract: where all values of a channel are equal, a norm's
-``raw * scale + shift`` cancels to its bias only if the product is rounded as it was for the shift."""
+"""Not nnan, not ninf: a NaN must stay visible. Not contract: where all values of a channel are equal and its norm's
+bias is 0, ``raw * scale + shift`` is 0 only if the product is rounded as it was for the shift."""
 
 _FLAGS = ("contract", "reassoc", "nsz")
 _FLOAT, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -883,22 +883,25 @@ def _halve_row(top: Array, low: Array, a: Real, d: Real, best: Array) -> None:
         best[j] = z
 
 
-@kernel
+_HALVES = (2, 2, 2, 2, 0, 0)  # the usual window, in loops that vectorise
+
+
 def max_pool(raw: Array, scale: Array, shift: Array, relu: bool, window: Window, out: Array) -> None:
-    """Window: kernel height and width, stride, padding. NaN is the largest value, as in torch."""
+    """The largest value of each window, into ``out``. NaN is the largest value of all, as in torch."""
+    if window == _HALVES:
+        _halve(raw, scale, shift, relu, out)
+    else:
+        _max_pool(raw, scale, shift, relu, window, out)
+
+
+@kernel
+def _max_pool(raw: Array, scale: Array, shift: Array, relu: bool, window: Window, out: Array) -> None:
     kh, kw, sh, sw, ph, pw = window
-    halves = window == (2, 2, 2, 2, 0, 0)
     for c in range(out.shape[0]):
         for n in range(out.shape[1]):
             a, d = scale[c, n], shift[c, n]
             for i in range(out.shape[2]):
                 best = row(out, c, n, i)
-                if halves:
-                    _halve_row(row(raw, c, n, 2 * i), row(raw, c, n, 2 * i + 1), a, d, best)
-                    if relu:
-                        for j in range(len(best)):
-                            best[j] = np.float32(0.0) if best[j] < 0 else best[j]
-                    continue
                 best[:] = -np.inf
                 for y in range(max(0, ph - i * sh), min(kh, raw.shape[2] + ph - i * sh)):
                     line = row(raw, c, n, i * sh - ph + y)
@@ -910,8 +913,36 @@ def max_pool(raw: Array, scale: Array, shift: Array, relu: bool, window: Window,
 
 
 @kernel
+def _halve(raw: Array, scale: Array, shift: Array, relu: bool, out: Array) -> None:
+    for c in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            a, d = scale[c, n], shift[c, n]
+            for i in range(out.shape[2]):
+                best = row(out, c, n, i)
+                _halve_row(row(raw, c, n, 2 * i), row(raw, c, n, 2 * i + 1), a, d, best)
+                if relu:
+                    for j in range(len(best)):
+                        best[j] = np.float32(0.0) if best[j] < 0 else best[j]
+
+
+def max_pool_backward(
+    raw: Array, scale: Array, shift: Array, relu: bool, window: Window, best: Array, grad: Array, out: Array
+) -> None:
+    """``out`` gets each window's gradient at its largest value (the first of equals), zero elsewhere and where the ReLU
+    is not active.
+
+    best: the pool's output.
+    """
+    if window != _HALVES or out.shape[2] % 2 or out.shape[3] % 2:
+        out[:] = 0  # else every place is written
+    if window == _HALVES:
+        _halve_backward(raw, scale, shift, relu, grad, out)
+    else:
+        _max_pool_backward(raw, scale, shift, relu, window, best, grad, out)
+
+
+@kernel
 def _halve_backward(raw: Array, scale: Array, shift: Array, relu: bool, grad: Array, out: Array) -> None:
-    """:func:`max_pool_backward` for windows of 2 x 2 that do not overlap, in loops that vectorise."""
     zero = np.float32(0.0)
     width = grad.shape[3]
     best, left = np.empty(width, np.float32), np.empty(width, np.float32)
@@ -935,21 +966,10 @@ def _halve_backward(raw: Array, scale: Array, shift: Array, relu: bool, grad: Ar
 
 
 @kernel
-def max_pool_backward(
+def _max_pool_backward(
     raw: Array, scale: Array, shift: Array, relu: bool, window: Window, best: Array, grad: Array, out: Array
 ) -> None:
-    """``out`` gets each window's gradient at its largest value (the first of equals), zero elsewhere and where the ReLU
-    is not active.
-
-    best: the pool's output.
-    """
     kh, kw, sh, sw, ph, pw = window
-    halves = window == (2, 2, 2, 2, 0, 0)
-    if not halves or out.shape[2] % 2 or out.shape[3] % 2:
-        out[:] = 0
-    if halves:
-        _halve_backward(raw, scale, shift, relu, grad, out)
-        return
     left = np.empty(grad.shape[3], np.float32)
     for c in range(grad.shape[0]):
         for n in range(grad.shape[1]):
