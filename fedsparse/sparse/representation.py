@@ -232,7 +232,7 @@ def _measure(program: Program, op: Op, batch: int) -> float:
 
 
 def _seconds(program: Program, op: Op, n: int, density: float, *, dense: bool) -> float:
-    """Best of three forward and backward passes of one layer, which reads a value that needs a gradient too."""
+    """Best of five forward and backward passes of one layer, which reads a value that needs a gradient too."""
     from fedsparse.sparse.executor import Executor, Run
 
     source, target = (program.values[v] for v in (op.sources[0], op.target))
@@ -251,7 +251,7 @@ def _seconds(program: Program, op: Op, n: int, density: float, *, dense: bool) -
     x = torch.from_numpy(rng.standard_normal((n, plain.channels, plain.height, plain.width), np.float32))
     grad = rng.standard_normal((out.channels, n, out.height, out.width), np.float32)
     times = []
-    for _ in range(4):
+    for _ in range(6):
         start = time.perf_counter()
         run = Run(executor, params, x, train=True)
         run.advance()
