@@ -26,7 +26,6 @@ from fedsparse.models.norms import read_statistics, with_statistics
 from fedsparse.packet import Packet, decode
 from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
-from fedsparse.sparse.masks import kept_counts
 from fedsparse.sparse.positions import pack_positions, unpack_positions
 from fedsparse.strategy import Plan, Reply
 from fedsparse.task import Client, Device, Split, Task
@@ -295,7 +294,7 @@ def test_the_number_of_weights_is_constant_and_every_group_has_its_turn() -> Non
     task, clients, memories = stages_task(), small_clients(3), {}
     strategy, half = tiny(density=0.2, pool=1, delta_r=2, r_stop=9)
     state = begin(strategy, task, clients, rounds=9)
-    before, turns = kept_counts(state.shared.mask), []
+    before, turns = {n: len(kept) for n, kept in state.shared.mask.items()}, []
     for _ in range(9):
         asked = {n.split(".")[0] for n, k in zip(prunable(task).weights, state.grow.tolist(), strict=True) if k}
         old = state.shared
@@ -304,7 +303,8 @@ def test_the_number_of_weights_is_constant_and_every_group_has_its_turn() -> Non
             f"top/{n}" for n in before if n.split(".")[0] in asked} for r in replies)  # fmt: skip
         changed = {n.split(".")[0] for n in before if not torch.equal(old.mask[n], state.shared.mask[n])}
         assert changed == asked
-        assert kept_counts(state.shared.mask) == before == {n: len(state.params[n]) for n in before}
+        now = {n: len(kept) for n, kept in state.shared.mask.items()}
+        assert now == before == {n: len(state.params[n]) for n in before}
         turns += sorted(asked)
     assert turns == ["layer4", "layer3", "layer2", "layer1"]
     assert state.adjustments == 4

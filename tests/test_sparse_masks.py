@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedsparse.errors import UserError
 from fedsparse.seeding import torch_rng
-from fedsparse.sparse.masks import carry, check_mask, compact, kept_counts, spread, whole
+from fedsparse.sparse.masks import carry, check_mask, compact, spread, whole
 
 SHAPES = {"conv.weight": (3, 2, 2, 2), "conv.bias": (3,), "fc.weight": (4, 5), "output.weight": (2, 4)}
 MASK = {
@@ -98,11 +98,6 @@ def test_carry_to_the_same_positions_keeps_the_bits() -> None:
     values = torch.tensor([float("nan"), -0.0, 1e-42, float("inf")])
     kept = positions([3, 7, 8, 40])
     assert carry(values, kept, kept.clone()).numpy().tobytes() == values.numpy().tobytes()
-
-
-def test_kept_counts() -> None:
-    assert kept_counts(MASK) == {"conv.weight": 4, "fc.weight": 0, "output.weight": 8}
-    assert kept_counts({}) == {}
 
 
 def test_masks_that_fit() -> None:

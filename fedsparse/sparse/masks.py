@@ -54,8 +54,3 @@ def carry(values: Tensor, old: Tensor, new: Tensor) -> Tensor:
         same = old[at] == new
         out[same] = values[at[same]]
     return out
-
-
-def kept_counts(mask: Mask) -> dict[str, int]:
-    """Kept weights of each masked tensor."""
-    return {name: len(kept) for name, kept in mask.items()}

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -238,7 +238,9 @@ def _seconds(program: Program, op: Op, n: int, density: float, *, dense: bool) -
     source, target = (program.values[v] for v in (op.sources[0], op.target))
     first = op.sources[0] == 0
     plain, out = (Value(v.channels, v.height, v.width) for v in (source, target))
-    layer = Op("conv", (0 if first else 1,), 1 if first else 2, "layer", False, *_window(op))
+    layer = Op(
+        "conv", (0 if first else 1,), 1 if first else 2, "layer", False, op.kernel, op.stride, op.padding, op.dilation
+    )
     rest = () if first else (Op("add", (0, 0), 1),)
     values, uses = ((plain, out), (1, 0)) if first else ((plain, plain, out), (2, 1, 0))
     alone = Program((plain.channels, plain.height, plain.width), values, (*rest, layer), layer.target, uses)
@@ -258,10 +260,6 @@ def _seconds(program: Program, op: Op, n: int, density: float, *, dense: bool) -
         run.back_from(grad)
         times.append(time.perf_counter() - start)
     return min(times[1:])
-
-
-def _window(op: Op) -> tuple[Any, ...]:
-    return op.kernel, op.stride, op.padding, op.dilation
 
 
 # ------------------------------------------------------------------------------------------------- the file
