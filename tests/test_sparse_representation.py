@@ -361,6 +361,17 @@ for method in ("fixed_mask", "fedtiny"):
     assert lines == ["('all layers are computed masked dense: numba is not installed',)"] * 2
 
 
+def test_a_numba_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "numba.py").write_text('raise ImportError("Numba needs NumPy 2.2 or less")', encoding="utf-8")
+    code = """
+from torch import nn
+from fedsparse.sparse.representation import why_dense
+print(why_dense(nn.Sequential(nn.Linear(2, 2)), (2,)))
+"""
+    line = python(code, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}").strip()
+    assert line == "numba cannot be imported (Numba needs NumPy 2.2 or less)"
+
+
 _ADD = """
 import numpy as np
 from fedsparse.sparse import kernels
