@@ -49,5 +49,5 @@ $(VENV)/.installed: $(SETUP) | $(BIN)/python
 
 $(VENV)/.installed-dev: $(SETUP) | $(BIN)/python
 	@echo "installing into $(VENV), with the development tools (a few minutes the first time)"
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[dev,models]'
 	@touch $@ $(VENV)/.installed

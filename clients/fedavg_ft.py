@@ -13,7 +13,7 @@ import torch
 from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, check_positive, update
 from fedsparse.packet import Packet
 from fedsparse.seeding import torch_rng
-from fedsparse.task import Client, Task
+from fedsparse.task import Client, Score, Task
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,27 @@ class FedAvgFTClient(SgdClient):
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
         if packet.kind == "local":
             return {"personal": task.score(packet.tensors, client.held_out)}
-        tuner = replace(self, epochs=self.ft_epochs, lr=self.ft_lr or self.lr)
-        tuned = tuner.fit(task, client, packet.tensors, torch_rng(task.seed, client.id, "finetune")).params
         return {
-            "personal": task.score(tuned, client.held_out),
+            "personal": self._tuned(task, client, packet, self.ft_epochs),
             "global": task.score(packet.tensors, client.held_out),
         }
+
+    def onboard(
+        self,
+        task: Task,
+        client: Client,
+        packet: Packet,
+        memory: Memory,
+        rng: torch.Generator,
+        epochs: tuple[int, ...],
+    ) -> dict[int, Score]:
+        """Fine-tuning as before evaluation, with its shuffle, for so many epochs."""
+        return {e: self._tuned(task, client, packet, e) for e in epochs}
+
+    def _tuned(self, task: Task, client: Client, packet: Packet, epochs: int) -> Score:
+        """The score of the received model after ``epochs`` epochs on the client's training data."""
+        if not epochs:
+            return task.score(packet.tensors, client.held_out)
+        tuner = replace(self, epochs=epochs, lr=self.ft_lr or self.lr)
+        tuned = tuner.fit(task, client, packet.tensors, torch_rng(task.seed, client.id, "finetune")).params
+        return task.score(tuned, client.held_out)

@@ -2,142 +2,302 @@
 
 Source: Chen, Yao, Gao, Ding, Li, "Efficient Personalized Federated Learning via Sparse Model-Adaptation", ICML 2023,
 arXiv 2305.02776, Algorithm 1 and App. A; official code yxdyc/pFedGate at b8cfa15.
-Differs from the official code: blocks are whole channel groups, computed as smaller dense layers; the knapsack is exact
-and global, and what dead columns free is filled up, so that the true density (forced blocks and gate included) is at
-most the budget in every batch; the optimiser is lazy (an unused weight keeps its bits) and its momentum starts anew
-each round; only what was trained is sent; no ReLU on the logits. Dropped blocks get no straight-through gradient: with
-whole channels and ReLU the paper's would be zero as well.
+Differs from the official code in mode "structural": blocks are whole channel groups, computed as smaller dense layers;
+the knapsack is exact and global, and what dead columns free is filled up, so that the true density (forced blocks and
+gate included) is at most the budget in every batch; the optimiser is lazy (an unused weight keeps its bits) and its
+momentum starts anew each round; only what was trained is sent; no ReLU on the logits. Dropped blocks get no
+straight-through gradient: with whole channels and ReLU the paper's would be zero as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, check_positive
-from fedsparse.errors import UserError, unknown
-from fedsparse.models.gate import BRANCHES
+from fedsparse.client import Memory, Metrics
+from fedsparse.gating import Choice, GatedClient
 from fedsparse.models.gated import Account, Gated, gated_model
 from fedsparse.packet import Packet
-from fedsparse.sgd import batches, clip_, finite, step_
-from fedsparse.sparse.blocks import BLOCKS_PER_LAYER, MAX_BLOCK_FRAC, Bools
-from fedsparse.sparse.channels import gated_forward, gather, select
-from fedsparse.sparse.choose import choose_blocks
-from fedsparse.sparse.codec import pack, pack_bits, tile_count, unpack, unpack_bits
-from fedsparse.sparse.compact import CompactModel
-from fedsparse.task import Client, Params, Score, Task, score
+from fedsparse.sgd import batches, finite
+from fedsparse.sparse.codec import pack_bits, unpack, unpack_bits
+from fedsparse.sparse.cut import Bools, Working
+from fedsparse.sparse.flat import FlatModel
+from fedsparse.steps import clip_, step_
+from fedsparse.task import Client, Params, Score, Split, Task, score
+
+
+@dataclass(frozen=True, eq=False)
+class _Scene:
+    """A client with what it got and what it remembers."""
+
+    task: Task
+    client: Client
+    packet: Packet
+    memory: Memory
+    gated: Gated
+
+    @property
+    def kept_only(self) -> bool:
+        """Whether only the client's kept set came, not the whole model."""
+        return "kept" in self.packet.tensors
+
+    def bits(self, name: str, n: int) -> Bools:
+        return unpack_bits(self.packet.tensors[name], n)
+
+
+class _Gate:
+    """The gate in training: its tensors, leaves and momentum. Remembers the momentum only in mode official."""
+
+    def __init__(self, gated: Gated, memory: Memory, *, lasting: bool, off: bool) -> None:
+        self.tensors = {name: t.clone() for name, t in gate_tensors(gated, memory).items()}
+        self.leaves = [] if off else [self.tensors[name].requires_grad_() for name in gated.gate.trainable]
+        self.lasting = lasting
+        self.velocity = [t.clone() for t in _part(memory, "gate_velocity/").values()] if lasting else []
+        self.scores = memory.get("mask/scores")  # smoothed importances, (L,) float64
+
+    def step(self, grads: tuple[Tensor, ...], *, lr: float, momentum: float, weight_decay: float, clip: float) -> None:
+        if self.leaves:
+            clip_(grads, clip)
+            step_(self.leaves, grads, self.velocity, lr=lr, momentum=momentum, weight_decay=weight_decay)
+
+    def memory(self) -> Memory:
+        """What stays of it."""
+        kept = {f"gate/{name}": t.detach() for name, t in self.tensors.items()}
+        lasting = enumerate(self.velocity) if self.lasting else ()
+        kept |= {f"gate_velocity/{i:03d}": t for i, t in lasting}
+        return kept
+
+
+def gate_tensors(gated: Gated, memory: Memory) -> Params:
+    """A client's gate; the common initial one before its first round."""
+    return _part(memory, "gate/") or gated.gate.init_params()
+
+
+def _part(memory: Memory, prefix: str) -> Params:
+    return {name.removeprefix(prefix): t for name, t in memory.items() if name.startswith(prefix)}
 
 
 @dataclass(frozen=True)
-class PFedGateClient(SgdClient):
-    """Memory: the gate's parameters and running statistics; before the first round those common to all clients.
-
-    gate_lr, gate_clip: learning rate and gradient clip of the gate; momentum and weight decay are shared. branches:
-    "separate" or "shared". gate_pool: pool the gate's input to that many positions a side, 0 = not. blocks_per_layer,
-    max_block_frac: the cut. open_gate: keep every block at gate value 1, no gate: the method is then FedAvg.
+class PFedGateClient(GatedClient):
+    """Memory: the gate's parameters and running statistics (before the first round those common to all clients), what
+    its masks were, and what ``download`` and ``mode`` need; see :class:`fedsparse.gating.GatedClient` for the options.
     """
 
-    clip: float = 10.0
-    gate_lr: float = 0.1
-    gate_clip: float = 10.0
-    branches: str = "separate"
-    gate_pool: int = 0
-    blocks_per_layer: int = BLOCKS_PER_LAYER
-    max_block_frac: float = MAX_BLOCK_FRAC
-    open_gate: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.optimizer != "sgd":
-            raise UserError(f"pfedgate trains with optimizer 'sgd' only, got {self.optimizer!r}")
-        check_not_negative(gate_lr=self.gate_lr, gate_clip=self.gate_clip, gate_pool=self.gate_pool)
-        check_positive(blocks_per_layer=self.blocks_per_layer, max_block_frac=self.max_block_frac)
-        if self.max_block_frac > 1:
-            raise UserError(f"max_block_frac must be in (0, 1], got {self.max_block_frac}")
-        if self.branches not in BRANCHES:
-            raise unknown("gate branches", self.branches, BRANCHES)
+    # --- training ----------------------------------------------------------------------------------------------------
 
     def train(
         self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
     ) -> tuple[Packet, Memory]:
-        gated = self._gated(task)
-        gate = {name: t.clone() for name, t in (memory or gated.gate.init_params()).items()}
-        model = CompactModel(packet.tensors, gated.plan, task.trainable)
-        account = Account(gated, self.batch_size, momentum=self.momentum > 0, gate=not self.open_gate)
-        leaves = [] if self.open_gate else [gate[name].requires_grad_() for name in gated.gate.trainable]
-        limit = gated.plan.total if self.open_gate else gated.limit(client.device)
-        velocity: list[Tensor] = []
-        task.model.train(True)
-        for batch in batches(len(client.train), self.batch_size, self.epochs, rng):
-            x, y = client.train.x[batch], client.train.y[batch]
-            kept, gates = self._gates(gated, gate, x, limit)
-            selection = model.use(kept)
-            with task.bound(model.tensors) as network:
-                loss = task.criterion(gated_forward(network, gated.plan, selection, gates, x), y)
-            grads = torch.autograd.grad(loss, [*model.leaves, *leaves])
-            ours, gates_own = grads[: len(model.leaves)], grads[len(model.leaves) :]
-            with torch.no_grad():
-                self._step(model.leaves, ours, model.velocity, self.lr, self.clip)
-                self._step(leaves, gates_own, velocity, self.gate_lr, self.gate_clip)
-            account.add(kept, len(batch), finite(loss.item(), account.steps))
-        model.flush()
-        tensors = {"values": pack(model.params, gated.plan, model.touched), "touched": pack_bits(model.touched)}
+        scene = self._scene(task, client, packet, memory)
+        choice, work, gate = self._choice(scene), self._work(scene), self._gate(scene)
+        account = Account(scene.gated, self.batch_size, self.copies, not self.open_gate, self._held(scene.gated))
+        self._fit(scene, choice, work, gate, account, rng, self.epochs)
+        work.flush()
+        tensors = {"values": work.values(), "touched": pack_bits(work.touched)}
+        kept = self._remembered(scene, choice, work, gate, account)
+        if self.download == "kept":
+            tensors["next"] = kept["mask/next"]
         reply = Packet("update", tensors, {"weight": len(client.train), **account.facts()})
-        return reply, memory if self.open_gate else {name: t.detach() for name, t in gate.items()}
+        if packet.scalars.get("validate") and len(client.validation):
+            own = self._personal(self._scene(task, client, self.local(packet, reply), kept), client.validation)
+            reply = replace(reply, scalars={**reply.scalars, "validation.n": own.n, "validation.correct": own.correct})
+        return reply, kept
+
+    def _fit(
+        self,
+        scene: _Scene,
+        choice: Choice,
+        work: Working,
+        gate: _Gate,
+        account: Account,
+        rng: torch.Generator,
+        epochs: int,
+        *,
+        frozen: bool = False,
+    ) -> None:
+        """For each batch one backward pass and one step of the gate and, unless it is frozen, of the model."""
+        data = scene.client.train
+        alone = scene.gated.mean_example(data) if self.gate_input == "client" else None
+        scene.task.model.train(True)
+        for batch in batches(len(data), self.batch_size, epochs, rng):
+            x, y = data.x[batch], data.y[batch]
+            kept, gates, gate.scores = choice.batch(gate.tensors, x if alone is None else alone, rng, gate.scores)
+            work.use(kept)
+            loss = scene.task.criterion(self._logits(work.forward(gates, x)), y)
+            leaves = [] if frozen else work.leaves
+            grads = torch.autograd.grad(loss, [*leaves, *gate.leaves], allow_unused=True, materialize_grads=True)
+            with torch.no_grad():
+                if not frozen:
+                    work.step(grads[: len(leaves)], lr=self.lr, **self._sgd(self.clip))
+                gate.step(grads[len(leaves) :], lr=self.gate_lr, **self._sgd(self.gate_clip))
+            account.add(kept, len(batch), finite(loss.item(), account.steps))
+
+    def _sgd(self, clip: float) -> dict[str, float]:
+        return {"momentum": self.momentum, "weight_decay": self.weight_decay, "clip": clip}
+
+    def _logits(self, logits: Tensor) -> Tensor:
+        return torch.relu(logits) if self.relu_logits else logits
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
 
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
-        gated = self._gated(task)
-        if "values" in packet.tensors:  # the client's own model, before aggregation
-            return {"personal": self._personal(task, gated, client, _own(task, gated, packet), memory)}
-        return {
-            "personal": self._personal(task, gated, client, packet.tensors, memory),
-            "global": task.score(packet.tensors, client.held_out),
-        }
+        scene = self._scene(task, client, packet, memory)
+        personal = {"personal": self._personal(scene, client.held_out)}
+        if "values" in packet.tensors or scene.kept_only:  # the client's own model, or no whole one
+            return personal
+        return {**personal, "global": task.score(_whole(scene), client.held_out)}
 
     def local(self, packet: Packet, reply: Packet) -> Packet:
-        return Packet("evaluate", {**packet.tensors, **reply.tensors})
+        return Packet("evaluate", {**packet.tensors, **reply.tensors}, packet.scalars)
 
-    def _gated(self, task: Task) -> Gated:
-        return gated_model(task, self.blocks_per_layer, self.max_block_frac, self.branches, self.gate_pool)
+    def onboard(
+        self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator, epochs: tuple[int, ...]
+    ) -> dict[int, Score]:
+        """The scores of a client that took no part, after so many epochs in which its gate alone is trained, each time
+        from the start."""
+        scores: dict[int, Score] = {}
+        for e in epochs:
+            scene = self._scene(task, client, packet, memory)
+            if e and not self.open_gate:
+                work, gate = self._work(scene), self._gate(scene)
+                account = Account(scene.gated, self.batch_size, self.copies, gate=True, held=0)
+                shuffle = torch.Generator().set_state(rng.get_state())
+                self._fit(scene, self._choice(scene), work, gate, account, shuffle, e, frozen=True)
+                scene = self._scene(task, client, packet, {**memory, **self._gate_memory(gate)})
+            scores[e] = self._personal(scene, client.held_out)
+        return scores
 
-    def _gates(self, gated: Gated, gate: Params, x: Tensor, limit: int) -> tuple[Bools, Tensor]:
-        """The batch's kept set and gate values, both (L,)."""
+    def deployed(self, task: Task, client: Client, packet: Packet, memory: Memory) -> tuple[Bools, Tensor]:
+        """The kept set and the gate values with which the client would deploy a model now, both (L,)."""
+        return self._client_wide(self._scene(task, client, packet, memory))
+
+    def _personal(self, scene: _Scene, data: Split) -> Score:
+        """The deployed model's score on ``data``; see ``inference``."""
+        work = self._work(scene, train=False)
+        scene.task.model.eval()
+        if self.open_gate or self._inference == "client":
+            kept, gates = self._client_wide(scene)
+            work.use(kept)
+            return score(lambda x: self._logits(work.forward(gates, x)), data)
+        choice, gate = self._choice(scene), gate_tensors(scene.gated, scene.memory)
+
+        def predict(x: Tensor) -> Tensor:
+            parts = []
+            for chunk in torch.split(x, self.batch_size if self._inference == "batch" else 1):
+                kept, gates = choice.evaluated(gate, chunk)
+                work.use(kept)
+                parts.append(work.forward(gates, chunk))
+            return self._logits(torch.cat(parts))
+
+        return score(predict, data)
+
+    @property
+    def _inference(self) -> str:
+        if self.inference != "auto":
+            return self.inference
+        return "batch" if self.mode == "official" else "client"
+
+    def _client_wide(self, scene: _Scene) -> tuple[Bools, Tensor]:
+        cut, choice = scene.gated.cut, self._choice(scene)
         if self.open_gate:
-            return np.ones(gated.plan.blocks, bool), torch.ones(gated.plan.blocks)
-        with gated.gate.bound(gate) as network:
-            network.train(len(x) > 1)
-            scale, importance = network(x)
-        kept = choose_blocks(gated.plan, importance.detach().double().numpy(), limit)
-        return kept, scale * (1 - importance.detach() + importance)  # straight-through: M * (I - sg(G) + G), App. A
+            return cut.everything, torch.ones(cut.blocks)
+        if choice.fixed is not None and "touched" in scene.packet.tensors:  # what was just trained, not what comes next
+            choice = replace(choice, fixed=cut.blocks_of(scene.bits("touched", cut.parts)))
+        gate = gate_tensors(scene.gated, scene.memory)
+        scores = scene.memory.get("mask/scores")
+        return choice.client_wide(gate, scene.client.train, scores, per_client=self.gate_input == "client")
 
-    def _step(
-        self, leaves: list[Tensor], grads: tuple[Tensor, ...], velocity: list[Tensor], lr: float, clip: float
-    ) -> None:
-        if leaves:
-            clip_(grads, clip)
-            step_(leaves, grads, velocity, lr=lr, momentum=self.momentum, weight_decay=self.weight_decay)
+    # --- what came and what stays ------------------------------------------------------------------------------------
 
-    def _personal(
-        self, task: Task, gated: Gated, client: Client, params: Mapping[str, Tensor], memory: Memory
-    ) -> Score:
-        """The deployed model's score: one mask and one gate vector a client, from its training data."""
+    def _scene(self, task: Task, client: Client, packet: Packet, memory: Memory) -> _Scene:
+        """With the cut and the gate, whose groups the server may have made smaller to meet the smallest budget."""
+        said = packet.scalars
+        layout = replace(
+            self.layout,
+            blocks_per_layer=int(said.get("groups", self.blocks_per_layer)),
+            least=float(said.get("least", self.least)),
+        )
+        return _Scene(task, client, packet, memory, gated_model(task, layout))
+
+    def _choice(self, scene: _Scene) -> Choice:
+        client, gated, said = scene.client, scene.gated, scene.packet.scalars.get("density")
+        density = client.device.budget.density if said is None else float(said)
+        choice = self.choice(gated, client.device, density)
+        if self.mask_scope == "batch" or self.open_gate:
+            return choice
+        if scene.kept_only:
+            return replace(choice, fixed=scene.bits("kept", gated.cut.blocks))
+        known = scene.memory.get("mask/next")
+        return replace(choice, fixed=choice.first() if known is None else unpack_bits(known, gated.cut.blocks))
+
+    def _gate(self, scene: _Scene) -> _Gate:
+        return _Gate(scene.gated, scene.memory, lasting=self.mode == "official", off=self.open_gate)
+
+    def _work(self, scene: _Scene, *, train: bool = True) -> Working:
+        """The model as it came, at work."""
+        cut, tensors = scene.gated.cut, scene.packet.tensors
+        if scene.kept_only:
+            values = tensors["values"] if "values" in tensors else tensors["down"]
+            return cut.working_kept(scene.task, values, scene.bits("kept", cut.blocks))
+        work = cut.working(scene.task, _whole(scene), train=train)
+        if train and self.mode == "official" and isinstance(work, FlatModel):
+            work.lazy = False
+            work.velocity = [t.clone() for t in _part(scene.memory, "velocity/").values()]
+        return work
+
+    def _held(self, gated: Gated) -> int:
+        """Scalars of whole models that the client holds beside the part in use."""
+        if self.open_gate or self.download == "kept":
+            return 0
+        return gated.cut.spent(gated.cut.everything) * (2 if self.download == "changed" else 1)
+
+    def _remembered(self, scene: _Scene, choice: Choice, work: Working, gate: _Gate, account: Account) -> Memory:
+        kept: Memory = {}
+        if self.download == "changed":
+            kept |= {f"theta/{name}": t.clone() for name, t in _whole(scene).items()}
         if self.open_gate:
-            return task.score(params, client.held_out)
-        scale, importance = gated.client_gates(memory or gated.gate.init_params(), client.train)
-        selection = select(gated.plan, choose_blocks(gated.plan, importance.numpy(), gated.limit(client.device)))
-        task.model.eval()
-        with task.bound(gather(params, selection)) as network:
-            return score(lambda x: gated_forward(network, gated.plan, selection, scale, x), client.held_out)
+            return kept or scene.memory
+        kept |= self._gate_memory(gate)
+        kept["mask/used"] = torch.from_numpy(account.used / max(1, account.steps)).float()
+        if self.mode == "official" and isinstance(work, FlatModel):
+            kept |= {f"velocity/{i:03d}": t for i, t in enumerate(work.velocity)}
+        if self.mask_scope != "batch":
+            kept |= self._next_mask(scene, choice, gate)
+        return kept
+
+    def _gate_memory(self, gate: _Gate) -> Memory:
+        smoothed = {"mask/scores": gate.scores} if self.score_smoothing and gate.scores is not None else {}
+        return {**gate.memory(), **smoothed}
+
+    def _next_mask(self, scene: _Scene, choice: Choice, gate: _Gate) -> Memory:
+        """The kept set of the client's next round, chosen now: the server may have to know it before it sends."""
+        rounds = int(scene.memory.get("mask/rounds", torch.zeros(()))) + 1
+        kept = choice.fixed
+        if kept is None or self.mask_scope == "round" or rounds <= self.settle:
+            tensors = {name: t.detach() for name, t in gate.tensors.items()}
+            free = replace(choice, fixed=None)
+            scores = gate.scores if self.score_smoothing else None
+            kept, _ = free.client_wide(tensors, scene.client.train, scores, per_client=self.gate_input == "client")
+        return {"mask/next": pack_bits(kept), "mask/rounds": torch.tensor(float(rounds))}
 
 
-def _own(task: Task, gated: Gated, packet: Packet) -> Params:
-    """The received model with the client's update put in."""
-    params = {name: packet.tensors[name].clone() for name in task.shapes}
-    touched = unpack_bits(packet.tensors["touched"], tile_count(gated.plan))
-    for region, value in unpack(packet.tensors["values"], gated.plan, touched, task.shapes):
-        region.put_(params[region.name], value)
+def _whole(scene: _Scene) -> Params:
+    """The whole model: as received, with the client's own update in it where the packet holds one."""
+    cut, tensors, task = scene.gated.cut, scene.packet.tensors, scene.task
+    if "changed" in tensors:
+        params = {name: scene.memory[f"theta/{name}"].clone() for name in task.shapes}
+        _put(params, scene, tensors["down"], scene.bits("changed", cut.parts))
+    else:
+        params = {name: tensors[name] for name in task.shapes}
+    if "values" in tensors:
+        params = {name: t.clone() for name, t in params.items()}
+        _put(params, scene, tensors["values"], scene.bits("touched", cut.parts))
     return params
+
+
+def _put(params: Params, scene: _Scene, values: Tensor, parts: Bools) -> None:
+    """Write the values of some parts into ``params``."""
+    for region, value in unpack(values, scene.gated.cut, parts, scene.task.shapes):
+        region.put_(params[region.name], value)

@@ -25,10 +25,10 @@ from fedsparse import cost
 from fedsparse.experiment import from_dict
 from fedsparse.masked import network
 from fedsparse.runner import federation_of
-from fedsparse.sgd import step_
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.program import read_program
 from fedsparse.sparse.pruning import at_random, layer_counts
+from fedsparse.steps import step_
 from fedsparse.task import Task
 from fedsparse.threads import one_thread
 

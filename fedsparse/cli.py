@@ -192,17 +192,20 @@ def _log_to_standard_error(quiet: bool) -> None:
 def _print_result(done: Run, quiet: bool, as_json: bool) -> None:
     failures = done.summary["failures"]["clients"]
     if failures:  # on standard error, quiet or not: nothing ends as if it had not happened
-        first = next(line["errors"][0] for line in done.rounds if line["errors"])
+        errors = [error for line in done.rounds for error in line["errors"]]
+        first = [*errors, *(done.summary["novel"] or {}).get("errors", ())][0]
         typer.echo(f"warning: {failures} failures of clients were skipped, the first: {first}", err=True)
     if as_json:
         typer.echo((done.directory / "summary.json").read_text(encoding="utf-8").rstrip())
     elif not quiet:
-        from fedsparse.report.tables import text_table, tier_rows
+        from fedsparse.report.tables import novel_line, text_table, tier_rows
 
         typer.echo(text_table(tier_rows(done.summary)), nl=False)
+        if line := novel_line(done.summary):
+            typer.echo(line)
         for note in done.summary.get("notes", ()):
             typer.echo(f"note: {note}")
-        typer.echo(f"run folder: {done.directory}")
+        typer.echo(f"run folder: {done.directory}, as a page: {done.directory / 'report.html'}")
 
 
 def _print_trace(error: UserError) -> None:

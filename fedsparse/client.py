@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fedsparse.errors import UserError, unknown
 from fedsparse.packet import Packet, Scalar, decode, encode, run_words
-from fedsparse.seeding import torch_rng
+from fedsparse.seeding import torch_rng, torch_seeded
 from fedsparse.sgd import OPTIMIZERS, Fit, optimizer_copies, sgd
 from fedsparse.sparse.masks import Mask
 from fedsparse.task import Client, Score, Task
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Memory = dict[str, Tensor]
 Metrics = Mapping[str, Score]
+ONBOARD = "onboard"  # the kind of packet that a novel client gets
+ONBOARD_EPOCHS = (0, 1, 5, 10)  # of adaptation, after which a novel client is scored
 _MEMORY = "memory"
 
 
@@ -42,8 +44,9 @@ class FederatedClient(ABC):
 
         The reply's scalars: ``weight`` (its share in averages, usually the number of training examples); if known
         ``loss``, ``samples`` (seen in training), and what differs from the dense model: ``density_true`` and
-        ``density_nominal`` (the largest over batches), ``flops`` (of this training), ``forward_macs`` (per sample),
-        ``memory`` (peak model bytes). ``packet`` is shared: clone before writing.
+        ``density_nominal`` (the largest over batches), ``flops`` (of this training), ``forward_macs`` (per sample, on
+        average) and ``forward_macs_max`` (the largest over batches), ``memory`` (peak model bytes).
+        ``packet`` is shared: clone before writing.
         """
 
     @abstractmethod
@@ -57,6 +60,23 @@ class FederatedClient(ABC):
         By default the reply itself, which fits every method that uploads a whole model.
         """
         return replace(reply, kind="evaluate")
+
+    def onboard(
+        self,
+        task: Task,
+        client: Client,
+        packet: Packet,
+        memory: Memory,
+        rng: torch.Generator,
+        epochs: tuple[int, ...],
+    ) -> dict[int, Score]:
+        """How a client that took no part in training does on ``client.held_out`` after so many epochs of what it can do
+        alone to fit the final state to its data, for each of the numbers in ``epochs``; nothing of it is kept.
+
+        By default nothing can be done: the personal score of ``evaluate``, whatever the number.
+        """
+        score = _checked(self.evaluate(task, client, replace(packet, kind="evaluate"), memory))["personal"]
+        return dict.fromkeys(epochs, score)
 
 
 @dataclass(frozen=True)
@@ -211,13 +231,15 @@ def _train(task: Task, client: Client, records: Any, context: Context) -> Packet
     held = dict(memory)
     rng = torch_rng(words.seed, words.round, client.id, "train")
     versions = _versions(packet)
-    reply, kept = half.train(task, client, packet, memory, rng)
+    with torch_seeded(words.seed, words.round, client.id, "global"):
+        reply, kept = half.train(task, client, packet, memory, rng)
     _check_untouched(packet, versions)
     if kept.keys() != held.keys() or any(kept[name] is not held[name] for name in held):
         _save(context, kept)
     scalars: dict[str, Any] = {**reply.scalars, "train_seconds": time.perf_counter() - start}
     if words.local:
-        scores = _checked(half.evaluate(task, client, half.local(packet, reply), kept))
+        with torch_seeded(words.seed, words.round, client.id, "local"):
+            scores = _checked(half.evaluate(task, client, half.local(packet, reply), kept))
         scalars |= _score_scalars({"local": scores["personal"]})
         scalars["local_seconds"] = time.perf_counter() - start - scalars["train_seconds"]
     return replace(reply, scalars=scalars)
@@ -225,11 +247,23 @@ def _train(task: Task, client: Client, records: Any, context: Context) -> Packet
 
 def _evaluate(task: Task, client: Client, records: Any, context: Context) -> Packet:
     packet = decode(records)
-    _, half = _read_words(run_words(records))
+    words, half = _read_words(run_words(records))
     versions = _versions(packet)
-    scores = _checked(half.evaluate(task, client, packet, _load(context)))
+    with torch_seeded(words.seed, words.round, client.id, packet.kind):  # a method may train to be evaluated
+        if packet.kind == ONBOARD:
+            rng = torch_rng(words.seed, client.id, ONBOARD)
+            scores = _named(half.onboard(task, client, packet, _load(context), rng, ONBOARD_EPOCHS))
+        else:
+            scores = _checked(half.evaluate(task, client, packet, _load(context)))
     _check_untouched(packet, versions)
     return Packet("scores", scalars=_score_scalars(scores))
+
+
+def _named(scores: Mapping[int, Score]) -> Metrics:
+    """Onboarding's scores under names, checked."""
+    if sorted(scores) != sorted(ONBOARD_EPOCHS) or not all(isinstance(score, Score) for score in scores.values()):
+        raise UserError(f"onboard must return a Score for each of {ONBOARD_EPOCHS} epochs, it returned {scores!r}")
+    return {str(epochs): score for epochs, score in scores.items()}
 
 
 def _versions(packet: Packet) -> list[int]:

@@ -8,14 +8,20 @@ FedTiny, arXiv 2212.01977, count the same way). Training has two conventions:
 * ``paper``: 3 x forward everywhere, as published tables have it.
 
 Under a cut all three parts scale with the layer's weight density: pruned weights are neither used nor updated.
+
+Modules whose formula is not here (attention, transposed convolutions, a custom layer) are counted by PyTorch's flop
+counter: what it sees of them, matrix products and convolutions, is what is counted elsewhere too.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -42,13 +48,16 @@ CONVENTIONS = ("exact", "paper")
 class Layer:
     """One module with parameters.
 
-    name: its path in the model; kind: "conv", "linear", "norm", "embedding" or "lstm" (any recurrent layer);
-    weight_name: path of its weight ("" for a norm; the first of several for a recurrent layer);
+    name: its path in the model; kind: "conv", "linear", "norm", "embedding", "lstm" (any recurrent layer) or "other",
+    whose weights are its matrices (two axes or more) and whose biases are the rest. Products of activations with each
+    other (attention scores) may stand in a layer "other" without weights and biases.
+    weight_name: path of its weight ("" where there is none; the first of several);
     weights: trainable scalars that a mask may prune (0 for a norm); biases: its other trainable scalars;
     units_in, units_out: channels or features (vocabulary for an embedding, hidden units for a recurrent layer);
     macs: multiply-adds per example, forward, dense (a whole sequence for tokens);
     activations: output elements per example; first: reads the network's input, so needs no input gradient (never set
-    for a recurrent layer, whose hidden states need one); buffers: its float scalars that are not trained.
+    for a recurrent layer, whose hidden states need one, nor for an other one); buffers: its float scalars that are not
+    trained.
     """
 
     name: str
@@ -72,23 +81,26 @@ def trace(model: nn.Module, input_shape: Sequence[int], *, tokens: bool = False)
 
     Runs one example of zeros (int64 tokens if ``tokens``) through a copy with zeros for parameters, on one thread: no
     randomness, and the model itself stays as it is; it may lie on the meta device. (The copy is not on the meta device,
-    where the first operation imports sympy and so takes 1.7 s.) A layer that runs twice counts twice in macs and
-    activations, once in weights. Raises UserError for a module whose multiply-adds are not known, and where the input
-    does not fit.
+    where the first operation imports sympy and so takes 1.7 s. So does the flop counter, which runs only for a model
+    with layers of kind "other".) A layer that runs twice counts twice in macs and activations, once in weights.
+    Raises UserError where the input does not fit.
     """
     clone = _zero_copy(model).eval()
     counted: set[int] = set()  # ids of parameters, so that a tied weight counts once
     layers = {name: _static(name, m, counted) for name, m in clone.named_modules() if _holds_parameters(m)}
     for name in layers:
-        clone.get_submodule(name).register_forward_hook(_Recorder(layers, name))
+        clone.get_submodule(name).register_forward_hook(_Recorder(layers, name), with_kwargs=True)
     x = torch.zeros(1, *input_shape, dtype=torch.int64 if tokens else torch.float32)
-    try:
-        with one_thread(), torch.enable_grad():  # with gradients, since they tell which layers need them
+    others = any(layer.kind == "other" for layer in layers.values())
+    metered: AbstractContextManager[Mapping[str, int]] = _metered(clone) if others else nullcontext({})
+    try:  # with gradients, since they tell which layers need them
+        with one_thread(), torch.enable_grad(), metered as macs:
             clone(x)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"the model does not run on inputs of shape {tuple(input_shape)}: {reason}") from error
-    return tuple(layers.values())
+    _share_out(clone, layers, macs)
+    return tuple(layers[name] for name, _ in clone.named_modules() if name in layers)
 
 
 def _zero_copy(model: nn.Module) -> nn.Module:
@@ -111,16 +123,16 @@ def _holds_parameters(module: nn.Module) -> bool:
 
 def _static(name: str, module: nn.Module, counted: set[int]) -> Layer:
     """What is known of a layer before it runs."""
-    kind, units_in, units_out = _kind(name, module)
-    new = {key: p for key, p in module.named_parameters(recurse=False) if id(p) not in counted}
-    counted.update(id(p) for p in new.values())
-    sizes = {key: p.numel() for key, p in new.items() if p.requires_grad}
-    weights = 0 if kind == "norm" else sum(size for key, size in sizes.items() if key.startswith("weight"))
-    weight = "weight_ih_l0" if kind == "lstm" else "weight"
+    kind, units_in, units_out = _kind(module)
+    own = dict(module.named_parameters(recurse=False))
+    keys = weight_keys(module)
+    sizes = {key: p.numel() for key, p in own.items() if id(p) not in counted and p.requires_grad}
+    counted.update(id(p) for p in own.values())
+    weights = sum(sizes.get(key, 0) for key in keys)
     return Layer(
         name=name,
         kind=kind,
-        weight_name="" if kind == "norm" else f"{name}.{weight}".lstrip("."),
+        weight_name=f"{name}.{keys[0]}".lstrip(".") if keys else "",
         weights=weights,
         biases=sum(sizes.values()) - weights,
         units_in=units_in,
@@ -132,7 +144,7 @@ def _static(name: str, module: nn.Module, counted: set[int]) -> Layer:
     )
 
 
-def _kind(name: str, module: nn.Module) -> tuple[str, int, int]:
+def _kind(module: nn.Module) -> tuple[str, int, int]:
     """Kind, input units and output units."""
     if isinstance(module, _CONV):
         return "conv", module.in_channels, module.out_channels
@@ -142,13 +154,25 @@ def _kind(name: str, module: nn.Module) -> tuple[str, int, int]:
         return "embedding", module.num_embeddings, module.embedding_dim
     if isinstance(module, nn.RNNBase):
         return "lstm", module.input_size, module.hidden_size
+    own = list(module.parameters(recurse=False))
     if isinstance(module, _NORM):
-        units = next(module.parameters(recurse=False)).numel()
-        return "norm", units, units
-    raise UserError(
-        f"cannot count the cost of module {name!r} ({type(module).__name__}); "
-        "known are convolutions, linear, recurrent and embedding layers, and batch, group, instance and layer norms"
-    )
+        return "norm", own[0].numel(), own[0].numel()
+    matrices = [p for p in own if p.ndim >= 2]
+    if not matrices:
+        return "other", own[0].numel(), own[0].numel()
+    rows = max(1, len(matrices[0]))
+    return "other", matrices[0].numel() // rows, rows
+
+
+def weight_keys(module: nn.Module) -> tuple[str, ...]:
+    """The names, in the module, of its own parameters that are weights (see :class:`Layer`), frozen ones included."""
+    own = dict(module.named_parameters(recurse=False))
+    kind = _kind(module)[0] if own else "norm"
+    if kind == "norm":
+        return ()
+    if kind == "other":
+        return tuple(key for key, p in own.items() if p.ndim >= 2)
+    return tuple(key for key in own if key.startswith("weight"))
 
 
 class _Recorder:
@@ -158,16 +182,26 @@ class _Recorder:
         self.layers = layers
         self.name = name
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         layer = self.layers[self.name]
-        result: Tensor = output[0] if isinstance(output, tuple) else output
-        reads_input = layer.kind in ("conv", "linear") and not inputs[0].requires_grad
+        x, y = _tensor_in((args, kwargs)), _tensor_in(output)
+        if y is None:
+            return
+        reads_input = layer.kind in ("conv", "linear") and x is not None and not x.requires_grad
         self.layers[self.name] = replace(
             layer,
-            macs=layer.macs + _forward_macs(module, inputs[0], result),
-            activations=layer.activations + result.numel(),
+            macs=layer.macs + _forward_macs(module, y if x is None else x, y),
+            activations=layer.activations + y.numel(),
             first=reads_input and (layer.first or not layer.activations),  # in all of its runs
         )
+
+
+def _tensor_in(value: Any) -> Tensor | None:
+    """The first tensor in nested tuples, lists and dicts (a packed sequence is a tuple); None if there is none."""
+    if isinstance(value, Tensor):
+        return value
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    return next((found for item in items if (found := _tensor_in(item)) is not None), None)
 
 
 def _forward_macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
@@ -179,7 +213,103 @@ def _forward_macs(module: nn.Module, x: Tensor, y: Tensor) -> int:
     if isinstance(module, nn.RNNBase):
         steps = x.numel() // module.input_size
         return steps * sum(p.numel() for key, p in module.named_parameters() if key.startswith("weight"))
-    return 0  # norms are not counted, an embedding is a look-up
+    return 0  # norms are not counted, an embedding is a look-up, the others are metered
+
+
+# -------------------------------------------------------------------------------------------- layers without a formula
+
+
+@contextmanager
+def _metered(model: nn.Module) -> Iterator[dict[str, int]]:
+    """Count multiply-adds while the model runs: by the innermost module, with an entry for every module that ran.
+
+    Attention is computed by its parts meanwhile, since the counter does not know the fused kernels of the CPU.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode  # needs sympy when it runs
+
+    counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten._trilinear: _trilinear_flops})
+    meter = _Meter(counter.get_total_flops)
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(partial(meter.enter, name))
+        module.register_forward_hook(meter.leave)
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with counter, sdpa_kernel(SDPBackend.MATH):
+            yield meter.macs
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+class _Meter:
+    """Puts what a running total gains down to the module that is innermost at that time."""
+
+    def __init__(self, total_flops: Callable[[], int]) -> None:
+        self.total_flops = total_flops
+        self.macs: dict[str, int] = {}
+        self._stack: list[str] = []
+        self._seen = 0
+
+    def enter(self, name: str, *_: Any) -> None:
+        self._settle()
+        self._stack.append(name)
+        self.macs.setdefault(name, 0)
+
+    def leave(self, *_: Any) -> None:
+        self._settle()
+        self._stack.pop()
+
+    def _settle(self) -> None:
+        total = self.total_flops()
+        if self._stack:
+            self.macs[self._stack[-1]] += (total - self._seen) // 2
+        self._seen = total
+
+
+def _trilinear_flops(a: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of nn.Bilinear: every weight once per row of the (rows, inputs) operands."""
+    return 2 * a[0] * math.prod(weight)
+
+
+def _share_out(model: nn.Module, layers: dict[str, Layer], macs: Mapping[str, int]) -> None:
+    """Add what the meter saw to the layers, except where a formula has counted it.
+
+    It goes to the weights that a module holds and to those of the modules inside it that never ran themselves (it has
+    used their parameters directly), in proportion to their elements; where there are none, to a layer without weights.
+    """
+    for name, module in model.named_modules():
+        amount = macs.get(name, 0)
+        if not amount or (name in layers and layers[name].kind != "other"):
+            continue
+        takers = [taker for taker in (name, *_silent(module, name, macs)) if taker in layers]
+        sizes = [_weight_elements(model.get_submodule(taker)) for taker in takers]
+        if not sum(sizes):
+            takers, sizes = [name], [1]
+            layers.setdefault(name, Layer(name, "other", "", 0, 0, 0, 0, macs=0, activations=0, first=False))
+        for taker, share in zip(takers, shares_of(amount, sizes), strict=True):
+            layers[taker] = replace(layers[taker], macs=layers[taker].macs + share)
+
+
+def _silent(module: nn.Module, name: str, ran: Collection[str]) -> Iterator[str]:
+    """The modules inside one that never ran, but not what is inside of those that did."""
+    for key, child in module.named_children():
+        path = f"{name}.{key}".lstrip(".")
+        if path not in ran:
+            yield path
+            yield from _silent(child, path, ran)
+
+
+def _weight_elements(module: nn.Module) -> int:
+    own = dict(module.named_parameters(recurse=False))
+    return sum(own[key].numel() for key in weight_keys(module))
+
+
+def shares_of(amount: int, sizes: Sequence[int]) -> list[int]:
+    """Whole parts of ``amount`` in proportion to ``sizes`` (not all 0): rounded, with the total kept."""
+    total = sum(sizes)
+    ends = [amount * end // total for end in accumulate(sizes)]
+    return [end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 
 # ----------------------------------------------------------------------------------------------- multiply-adds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsparse.budget import assign, narrow_width
+from fedsparse.budget import Dense, assign, narrow_width
 from fedsparse.client import client_app
-from fedsparse.cost import memory_bytes, trace, train_flops
+from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops
 from fedsparse.data import FederatedData, federate, load_dataset
 from fedsparse.engine.local import LocalGrid
 from fedsparse.errors import ClientError, UserError, unknown
@@ -30,17 +31,22 @@ from fedsparse.experiment import Experiment, toml_text
 from fedsparse.method import Method, build, hyper_parameters, load_method
 from fedsparse.models import build_model
 from fedsparse.packet import Packet, decode
+from fedsparse.report.page import page
 from fedsparse.report.summary import Facts, summarise
 from fedsparse.seeding import seed_of
 from fedsparse.sgd import optimizer_copies
 from fedsparse.sparse.representation import crossovers, prepare, why_dense
 from fedsparse.strategy import FederatedStrategy, Plan, State
-from fedsparse.task import Client, Device, Score, Split, Task
+from fedsparse.task import Client, Score, Split, Task
 
 OnRound = Callable[[dict[str, Any]], None]
 _BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
 _PACKAGES = ("fedsparse", "torch", "numpy", "numba", "flwr")
+_BIG = 2**31 - 1  # a whole number that takes as many bytes as any count of examples
+_FACTS = ("weight", "samples", "local.n", "local.correct")  # what every reply carries, in whole numbers ...
+_TIMES = ("loss", "train_seconds", "local.loss", "local_seconds")  # ... and in others
+_log = logging.getLogger("fedsparse")
 
 
 @dataclass(frozen=True)
@@ -58,14 +64,21 @@ class Run:
 
 @dataclass(frozen=True)
 class Federation:
-    """What an experiment trains: the task, the clients with their data and budgets, what was noted on the way, and the
-    examples that were held out for the server."""
+    """What an experiment trains: the task, the clients with their data and budgets, what was noted on the way, the
+    examples that were held out for the server, and the ids of the clients that take no part in training."""
 
     task: Task
     clients: tuple[Client, ...]
     model: str
     notes: tuple[str, ...]
     server: Split | None = None
+    novel: tuple[int, ...] = ()
+
+    @property
+    def participants(self) -> tuple[Client, ...]:
+        """The clients that take part in training."""
+        novel = set(self.novel)
+        return tuple(client for client in self.clients if client.id not in novel)
 
 
 def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRound | None = None) -> Run:
@@ -77,26 +90,35 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     start = time.perf_counter()
     method = load_method(experiment.method, experiment.client)
     strategy = build(method, experiment.hyper)
-    federation = federation_of(experiment, masked_batch=_batch_size(strategy) if strategy.masked else 0)
+    hyper = strategy.client_config
+    federation = federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper)
     devices = [client.device for client in federation.clients]
     strategy.server_data = federation.server
     state = strategy.init(federation.task, devices)  # what cannot be met is refused before anything is written
     strategy.scheduled(federation.task, state, experiment.rounds)
+    federation = _noted(federation, strategy.notes(federation.task, devices))
     directory = _new_directory(experiment, method.name, out)
     record = _Recorder(directory, federation, on_round)
     with _errors_to(directory):
-        _write(directory / "config.toml", _config(experiment, method, federation))
+        config = _config(experiment, method, federation)
+        _write(directory / "config.toml", config)
         app = client_app(federation.task, federation.clients.__getitem__)
         with LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid:
-            plan = _plan(experiment)
+            plan = _plan(experiment, federation.novel)
             strategy.start(
                 grid, num_rounds=experiment.rounds, task=federation.task, devices=devices, plan=plan, on_round=record
             )
+            novel = strategy.onboard(grid) if federation.novel else None
             memories = {i: dict(decode(state).tensors) for i, state in sorted(grid.states().items()) if len(state)}
         wall = time.perf_counter() - start
-        summary = _summary(experiment, method.name, federation, strategy, record, memories, wall)
+        if novel and novel.errors:
+            _write(directory / "client_error.txt", novel.errors[0].trace)
         _save_tensors(directory / "final.safetensors", strategy.state, memories)
         _save_rows(directory / "clients.parquet", record.rows)
+        facts = _facts(experiment, method.name, federation, strategy, len(record.rounds), memories, wall)
+        masks = strategy.diagnose(federation.task, strategy.state, federation.participants, memories)
+        summary = summarise(facts, record.rounds, record.rows, novel, masks)
+        _write(directory / "report.html", page(summary, record.rounds, config, str(directory)))
         _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
     return Run(directory, summary, record.rounds, record.rows, strategy.state, memories)
 
@@ -126,11 +148,13 @@ class _Recorder:
 # --- what is trained -------------------------------------------------------------------------------------------------
 
 
-def federation_of(experiment: Experiment, *, masked_batch: int = 0) -> Federation:
+def federation_of(
+    experiment: Experiment, *, masked_batch: int = 0, config: Mapping[str, Any] | None = None
+) -> Federation:
     """Load and partition the data, build the model (initial parameters fixed by the seed), assign the budgets.
 
     masked_batch: the largest batch of clients that train under an element mask, 0 = none do. Then the representation of
-    each layer is chosen here, once for the run.
+    each layer is chosen here, once for the run. config: the client half's hyper-parameters, on which memory depends.
     """
     data = federate(load_dataset(experiment.dataset), experiment.partition, experiment.seed)
     model_name = experiment.model or data.default_model
@@ -139,12 +163,36 @@ def federation_of(experiment: Experiment, *, masked_batch: int = 0) -> Federatio
     task, notes = _task(experiment, data, model_name)
     if masked_batch or experiment.sparse != "auto":
         notes = (*notes, *_choose_representation(experiment, task, masked_batch))
-    budgets = assign(experiment.budget, range(len(data.clients)))
+    devices = assign(experiment.budget, range(len(data.clients)), lambda: _dense(task, config or {}))
     clients = tuple(
-        Client(Device(i, budgets[i]), c.train, c.validation, c.test, experiment.evaluate.split)
-        for i, c in enumerate(data.clients)
+        Client(devices[i], c.train, c.validation, c.test, experiment.evaluate.split) for i, c in enumerate(data.clients)
     )
-    return Federation(task, clients, model_name, (*data.notes, *notes), data.server)
+    if experiment.budget.tiers and experiment.budget.of != "parameters":
+        notes = (*notes, f"budgets are shares of the dense model's {experiment.budget.of.replace('_', '-')}")
+    if any(device.budget.seconds for device in devices.values()):
+        notes = (*notes, "budgets of seconds bind nothing yet: there is no simulated clock")
+    return Federation(task, clients, model_name, (*data.notes, *notes), data.server, data.novel)
+
+
+def _noted(federation: Federation, notes: Sequence[str]) -> Federation:
+    """The federation with a method's notes, which are logged at once: the run may be long."""
+    for note in notes:
+        _log.info("%s", note)
+    return replace(federation, notes=(*federation.notes, *notes))
+
+
+def _dense(task: Task, config: Mapping[str, Any]) -> Dense:
+    """What the dense reference model costs. An upload is FedAvg's reply, with the numbers that every reply carries."""
+    layers = trace(task.reference, task.input_shape, tokens=task.tokens)
+    facts = {**dict.fromkeys(_FACTS, _BIG), **dict.fromkeys(_TIMES, 0.0)}
+    memory = memory_bytes(layers, _batch(config), optimizer_copies=optimizer_copies(config)).total
+    return Dense(forward_macs(layers), Packet("update", _floats(task.reference), facts).nbytes, memory)
+
+
+def _floats(model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the shapes of a model's parameters and buffers, for counting bytes."""
+    named = (*model.named_parameters(), *model.named_buffers())
+    return {name: torch.empty(t.shape) for name, t in named if t.is_floating_point()}
 
 
 def _choose_representation(experiment: Experiment, task: Task, batch: int) -> tuple[str, ...]:
@@ -165,8 +213,8 @@ def _choose_representation(experiment: Experiment, task: Task, batch: int) -> tu
     return ()
 
 
-def _batch_size(strategy: FederatedStrategy) -> int:
-    return int(strategy.client_config.get("batch_size", 32))
+def _batch(config: Mapping[str, Any]) -> int:
+    return int(config.get("batch_size", 32))
 
 
 def _task(experiment: Experiment, data: FederatedData, name: str) -> tuple[Task, tuple[str, ...]]:
@@ -197,7 +245,7 @@ def _task(experiment: Experiment, data: FederatedData, name: str) -> tuple[Task,
     return Task(model, data.input_shape, data.classes, experiment.seed, data.vocabulary, reference), notes
 
 
-def _plan(experiment: Experiment) -> Plan:
+def _plan(experiment: Experiment, novel: tuple[int, ...]) -> Plan:
     return Plan(
         seed=experiment.seed,
         fraction=experiment.fraction,
@@ -206,6 +254,7 @@ def _plan(experiment: Experiment) -> Plan:
         on_client_error=experiment.engine.on_client_error,
         min_replies=experiment.engine.min_replies,
         on_over_budget=experiment.budget.on_over_budget,
+        novel=novel,
     )
 
 
@@ -331,39 +380,32 @@ def _save_tensors(path: Path, state: State, memories: Mapping[int, Mapping[str, 
     part.replace(path)
 
 
-def _summary(
+def _facts(
     experiment: Experiment,
     method: str,
     federation: Federation,
     strategy: FederatedStrategy,
-    record: _Recorder,
+    rounds: int,
     memories: Mapping[int, Mapping[str, Tensor]],
     wall: float,
-) -> dict[str, Any]:
-    reference = federation.task.reference
-    layers = trace(reference, federation.task.input_shape, tokens=federation.task.tokens)
-    epochs, batch = int(strategy.client_config.get("epochs", 1)), _batch_size(strategy)
-    copies = optimizer_copies(strategy.client_config)
-    samples = sum(len(c.train) for c in federation.clients) / len(federation.clients) * epochs
-    dense = {
-        name: torch.empty(t.shape)
-        for name, t in (*reference.named_parameters(), *reference.named_buffers())
-        if t.is_floating_point()
-    }
-    facts = Facts(
+) -> Facts:
+    """What the summary says that is in no row."""
+    task, clients, config = federation.task, federation.participants, strategy.client_config
+    samples = sum(len(c.train) for c in clients) / len(clients) * int(config.get("epochs", 1))
+    return Facts(
         method=method,
         dataset=experiment.dataset,
         model=federation.model,
         engine=experiment.engine.kind,
         seed=experiment.seed,
         split=experiment.evaluate.split,
-        rounds=len(record.rounds),
-        clients=len(federation.clients),
+        rounds=rounds,
+        clients=len(clients),
         wall=wall,
         digest=digest(strategy.state, memories),
-        dense_bytes=Packet("train", dense).nbytes,
-        dense_flops=train_flops(layers, round(samples)),
-        dense_memory=memory_bytes(layers, batch, optimizer_copies=copies).total,
+        budget_of=experiment.budget.of,
+        dense_bytes=Packet("train", _floats(task.reference)).nbytes,
+        dense_flops=train_flops(trace(task.reference, task.input_shape, tokens=task.tokens), round(samples)),
+        dense_memory=_dense(task, config).memory,
         notes=federation.notes,
     )
-    return summarise(facts, record.rounds, record.rows)

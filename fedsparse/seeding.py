@@ -1,12 +1,14 @@
 """Randomness as a path: (seed, round, client, purpose) names a generator; no stream is shared.
 
-The order of clients and the number of workers then cannot matter. Nothing here touches the global generators.
+The order of clients and the number of workers then cannot matter. The global generators are touched only within
+:func:`torch_seeded`, for what knows no other, such as dropout.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -29,6 +31,14 @@ def numpy_rng(*path: int | str) -> np.random.Generator:
 def torch_rng(*path: int | str) -> torch.Generator:
     """A fresh CPU torch generator for the path."""
     return torch.Generator().manual_seed(seed_of(*path))
+
+
+@contextmanager
+def torch_seeded(*path: int | str) -> Iterator[None]:
+    """torch's global CPU generator as that of the path, for the length of the block; then as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(*path))
+        yield
 
 
 def sample_cohort(ids: Sequence[int], fraction: float, seed: int, server_round: int) -> list[int]:

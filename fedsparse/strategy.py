@@ -15,18 +15,27 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedsparse.budget import check
-from fedsparse.client import RunWords
-from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops, trainable_count
+from fedsparse.client import ONBOARD, RunWords
 from fedsparse.errors import ClientError, UserError
 from fedsparse.lent import LentRecords
 from fedsparse.packet import Packet, decode, encode, wire_bytes
+from fedsparse.rows import (
+    POINTS,
+    DenseCosts,
+    Onboarding,
+    Row,
+    fill_row,
+    mean_accuracy,
+    new_row,
+    scores_of,
+    totals,
+    violations,
+)
 from fedsparse.seeding import sample_cohort
-from fedsparse.sgd import optimizer_copies
 from fedsparse.sparse.mean import WeightedMean
-from fedsparse.task import Device, Score, Split, Task
+from fedsparse.task import Client, Device, Split, Task
 
-Row = dict[str, Any]
+_SCORING = ("evaluate", ONBOARD)  # stages whose replies hold scores and nothing else
 OnRound = Callable[[dict[str, Any]], None]
 
 
@@ -61,7 +70,8 @@ class Reply:
 @dataclass(frozen=True)
 class Plan:
     """How a run goes, whatever the method: seed, participation, evaluation (every so many rounds and after the last;
-    0 = never) and what happens on errors."""
+    0 = never) and what happens on errors. novel: ids of clients that neither train nor are evaluated, see
+    ``FederatedStrategy.onboard``."""
 
     seed: int = 0
     fraction: float = 1.0
@@ -70,6 +80,7 @@ class Plan:
     on_client_error: str = "stop"
     min_replies: int = 1
     on_over_budget: str = "stop"
+    novel: tuple[int, ...] = ()
 
     def evaluates(self, server_round: int, rounds: int) -> bool:
         """Whether a round ends with an evaluation; round 0, the preparation, never does."""
@@ -97,16 +108,12 @@ class _Session:
 
     def __post_init__(self) -> None:
         self.ids = {node: device for device, node in self.nodes.items()}
-        task = self.task
-        self.layers = trace(task.model, task.input_shape, tokens=task.tokens)
-        reference = trace(task.reference, task.input_shape, tokens=task.tokens)
-        self.share = trainable_count(self.layers) / max(1, trainable_count(reference))  # of the dense model
-        copies = optimizer_copies(self.config)
-        self.flops_per_sample = train_flops(self.layers, 1)
-        self.macs = forward_macs(self.layers)
-        self.dense_memory = memory_bytes(
-            self.layers, int(self.config.get("batch_size", 32)), optimizer_copies=copies
-        ).total
+        self.participants = sorted(self.devices.keys() - set(self.plan.novel))
+        self.dense = DenseCosts.of(self.task, self.config)
+
+    def ask(self, server_round: int, device: Device, bytes_down: int | None) -> Row:
+        """The device's row of this round; a new one if it has none."""
+        return self.rows.setdefault(device.id, new_row(server_round, self.state.stage, device, bytes_down))
 
 
 @dataclass
@@ -145,6 +152,21 @@ class FederatedStrategy(Strategy):
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
         """What is wrong with a training reply's kind, names, shapes or types, or "". Checked before ``reduce``."""
         return ""
+
+    def notes(self, task: Task, devices: Sequence[Device]) -> tuple[str, ...]:
+        """What a user should know before training starts, one line each. Asked after ``init``."""
+        return ()
+
+    def diagnose(
+        self, task: Task, state: State, clients: Sequence[Client], memories: Mapping[int, Mapping[str, Tensor]]
+    ) -> Mapping[str, Any]:
+        """What a simulation can say about the masks once the run is over: entries of ``masks`` in ``summary.json``.
+
+        Its names are ``distinct`` (masks), ``mean_overlap`` (of two clients' masks), ``never_trained`` (share of the
+        model) and ``agreement`` (of training and evaluation masks); others may be added. state: the final one;
+        clients: those that took part in training; memories: by client id, of those that have one.
+        """
+        return {}
 
     # --- the round loop ------------------------------------------------------------------------------------------
 
@@ -228,6 +250,10 @@ class FederatedStrategy(Strategy):
         given = {d.id: d for d in devices}
         if missing := sorted(given.keys() - nodes.keys()):
             raise UserError(f"devices {missing[:5]} have no client on this grid of {len(nodes)}")
+        if missing := sorted(set(plan.novel) - nodes.keys()):
+            raise UserError(f"novel clients {missing[:5]} are not on this grid of {len(nodes)}")
+        if len(set(plan.novel)) == len(nodes):
+            raise UserError(f"all {len(nodes)} clients are novel: none is left to train")
         known = {i: given.get(i, Device(i)) for i in sorted(nodes)}
         state = self.init(task, list(known.values()))
         if initial is not None and len(initial):
@@ -263,7 +289,7 @@ class FederatedStrategy(Strategy):
             "idle": max(0.0, workers * waited - busy),
             "wall": end - start,
         }
-        return _report(session, server_round, stage, trained_rows, seconds)
+        return self._report(server_round, stage, trained_rows, seconds)
 
     # --- Flower's four steps -------------------------------------------------------------------------------------
 
@@ -272,11 +298,11 @@ class FederatedStrategy(Strategy):
     ) -> Iterable[Message]:
         """One message for each client of the cohort; the packet comes from the state, not from ``arrays``."""
         s = self._session
-        cohort = sample_cohort(list(s.devices), s.plan.fraction, s.plan.seed, server_round)
+        cohort = sample_cohort(s.participants, s.plan.fraction, s.plan.seed, server_round)
         words = self._words(server_round, local=s.plan.evaluates(server_round, s.rounds))
         packets = ((s.devices[i], self.broadcast(s.state, s.devices[i])) for i in cohort)
         for device, records, size in _encoded(packets, words, grid):
-            s.rows[device.id] = _new_row(s, server_round, device, size)
+            s.ask(server_round, device, size)
             yield _message(records, s.nodes[device.id], MessageType.TRAIN, server_round)
 
     def aggregate_train(
@@ -305,7 +331,7 @@ class FederatedStrategy(Strategy):
         s = self._session
         if not s.plan.evaluates(server_round, s.rounds):
             return
-        ids = sample_cohort(list(s.devices), s.plan.evaluate_fraction, s.plan.seed, -server_round)
+        ids = sample_cohort(s.participants, s.plan.evaluate_fraction, s.plan.seed, -server_round)
         packets = ((s.devices[i], replace(self.broadcast(s.state, s.devices[i]), kind="evaluate")) for i in ids)
         for device, records, size in _encoded(packets, self._words(server_round), grid):
             s.evaluation_bytes += size
@@ -319,10 +345,34 @@ class FederatedStrategy(Strategy):
             if packet is None:
                 continue
             s.evaluation_bytes += wire_bytes(message.content)
-            row = s.rows.setdefault(device.id, _new_row(s, server_round, device, None))
-            row |= _scores(packet)
-        accuracies = [_accuracy(row["personal"]) for row in s.rows.values() if row["personal"]]
-        return MetricRecord({"personal_accuracy": sum(accuracies) / len(accuracies)}) if accuracies else None
+            s.ask(server_round, device, None).update(scores_of(packet))
+        mean = mean_accuracy(s.rows.values(), "personal")
+        return None if mean is None else MetricRecord({"personal_accuracy": mean})
+
+    # --- after the last round ------------------------------------------------------------------------------------
+
+    def onboard(self, grid: Grid, timeout: float = 3600) -> Onboarding:
+        """Send each of the plan's novel clients the final state, to adapt to it alone, and collect their scores.
+
+        What that leaves in a client is not kept. Raises ClientError when one fails, unless failures are skipped.
+        """
+        s, start = self._session, time.perf_counter()
+        s.failures, s.evaluation_bytes, s.errors = 0, 0, []
+        novel = {i: s.devices[i] for i in sorted(s.plan.novel)}
+        packets = ((d, replace(self.broadcast(s.state, d), kind=ONBOARD)) for d in novel.values())
+        messages, found = [], {}
+        for device, records, size in _encoded(packets, self._words(s.rounds), grid):
+            s.evaluation_bytes += size
+            messages.append(_message(records, s.nodes[device.id], MessageType.EVALUATE, s.rounds))
+        lost = dict(novel)
+        for device, message in _in_order(s, grid.send_and_receive(messages, timeout=timeout)):
+            del lost[device.id]
+            if packet := self._packet(s.rounds, ONBOARD, device, message):
+                s.evaluation_bytes += wire_bytes(message.content)
+                found[device.id] = {int(epochs): score for epochs, score in scores_of(packet).items()}
+        for i, device in lost.items():
+            self._fail(device, ClientError(f"client {i}, stage {ONBOARD}: no reply came"), training=False)
+        return Onboarding(found, len(novel), s.evaluation_bytes, time.perf_counter() - start, tuple(s.errors))
 
     # --- replies -------------------------------------------------------------------------------------------------
 
@@ -337,12 +387,13 @@ class FederatedStrategy(Strategy):
             packet = self._packet(server_round, s.state.stage, device, message)
             if packet is None:
                 continue
-            _fill_row(s, s.rows[device.id], packet, wire_bytes(message.content))
+            fill_row(s.rows[device.id], packet, wire_bytes(message.content), s.dense)
             self._check_budget(server_round, device, s.rows[device.id])
             yield Reply(device, packet)
 
     def _packet(self, server_round: int, stage: str, device: Device, message: Message) -> Packet | None:
         """The decoded reply; None if it failed and failures are skipped."""
+        training = stage not in _SCORING
         where = f"client {device.id}, round {server_round}, stage {stage}"
         try:
             if message.has_error():
@@ -352,13 +403,13 @@ class FederatedStrategy(Strategy):
                 raise ClientError(f"{where}: {packet.scalars['message']}", str(packet.scalars["trace"]))
             if bad := _not_finite(packet):
                 raise ClientError(f"{where}: {bad} is not finite (NaN or infinite)")
-            if stage != "evaluate" and not _is_weight(packet.scalars.get("weight")):
+            if training and not _is_weight(packet.scalars.get("weight")):
                 weight = packet.scalars.get("weight")
                 raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {weight!r}")
-            if stage != "evaluate" and (complaint := self.complaint(self._session.task, self._session.state, packet)):
+            if training and (complaint := self.complaint(self._session.task, self._session.state, packet)):
                 raise ClientError(f"{where}: {complaint}")
         except ClientError as error:
-            self._fail(device, error, training=stage != "evaluate")
+            self._fail(device, error, training=training)
             return None
         return packet
 
@@ -380,16 +431,33 @@ class FederatedStrategy(Strategy):
                 self._fail(s.devices[i], lost, training=True)
 
     def _check_budget(self, server_round: int, device: Device, row: Row) -> None:
-        violations = check(
-            device.budget, density_true=row["density_true"], bytes_up=row["bytes_up"], bytes_down=row["bytes_down"]
-        )
-        row["over_budget"] = len(violations)
-        if violations and self._session.plan.on_over_budget == "stop":
-            v = violations[0]
+        found = violations(device, row)
+        row["over_budget"] = len(found)
+        if found and self._session.plan.on_over_budget == "stop":
+            v = found[0]
             raise UserError(
                 f"client {device.id}, round {server_round}: {v.what} {v.value:g} exceeds its budget {v.limit:g}"
                 ' (budget.on_over_budget = "record" counts it instead)'
             )
+
+    def _report(self, server_round: int, stage: str, trained: list[Row], seconds: dict[str, float]) -> dict[str, Any]:
+        """One line of ``rounds.jsonl``, and the clients' rows under ``rows``."""
+        s = self._session
+        sums, rows = totals(trained), list(s.rows.values())
+        evaluated = s.plan.evaluates(server_round, s.rounds)
+        return {
+            "round": server_round,
+            "rounds": s.rounds,
+            "stage": stage,
+            "seconds": seconds,
+            **sums,
+            "bytes": {**sums["bytes"], "evaluation": s.evaluation_bytes},
+            "accuracy": {point: mean_accuracy(rows, point) for point in POINTS} if evaluated else None,
+            "failures": s.failures,
+            "errors": [str(error) for error in s.errors[:5]],
+            "traces": [error.trace for error in s.errors[:1]],
+            "rows": rows,
+        }
 
 
 @dataclass
@@ -515,103 +583,3 @@ def _unflatten(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Ten
     if len(flat) != sum(sizes):
         raise UserError(f"initial_arrays has {len(flat)} values, the model has {sum(sizes)}")
     return {name: part.view(t.shape) for (name, t), part in zip(like.items(), torch.split(flat, sizes), strict=True)}
-
-
-def _new_row(session: _Session, server_round: int, device: Device, bytes_down: int | None) -> Row:
-    row: Row = dict.fromkeys(
-        (
-            "n_train",
-            "local",
-            "personal",
-            "global",
-            "density_true",
-            "density_nominal",
-            "bytes_up",
-            "flops",
-            "forward_macs",
-            "memory",
-            "seconds",
-            "loss",
-        )
-    )
-    return (
-        {
-            "round": server_round,
-            "stage": session.state.stage,
-            "client": device.id,
-            "tier": device.budget.density,
-            "bytes_down": bytes_down,
-            "over_budget": 0,
-            "failed": False,
-        }
-        | row
-        | {"seconds": 0.0, "_local_seconds": 0.0}
-    )
-
-
-def _fill_row(session: _Session, row: Row, packet: Packet, size: int) -> None:
-    """The costs of a client's round: what the client says, and the dense model's where it says nothing."""
-    said = packet.scalars
-    samples = float(said.get("samples", 0))
-    row |= {
-        "n_train": said["weight"],
-        "bytes_up": size,
-        "loss": said.get("loss"),
-        "seconds": said.get("train_seconds", 0.0),
-        "_local_seconds": said.get("local_seconds", 0.0),
-        "density_true": said.get("density_true", session.share),
-        "density_nominal": said.get("density_nominal", 1.0 if session.share == 1 else None),
-        "flops": said.get("flops", session.flops_per_sample * samples),
-        "forward_macs": said.get("forward_macs", session.macs),
-        "memory": said.get("memory", session.dense_memory),
-    }
-    row |= _scores(packet)
-
-
-def _scores(packet: Packet) -> dict[str, Score]:
-    said = packet.scalars
-    names = [name[:-2] for name in said if name.endswith(".n")]
-    return {n: Score(int(said[f"{n}.n"]), int(said[f"{n}.correct"]), float(said[f"{n}.loss"])) for n in names}
-
-
-def _accuracy(score: Score) -> float:
-    return score.correct / max(1, score.n)
-
-
-def _report(
-    session: _Session, server_round: int, stage: str, trained: list[Row], seconds: dict[str, float]
-) -> dict[str, Any]:
-    """One line of ``rounds.jsonl``, and the clients' rows under ``rows``."""
-    ok = [row for row in trained if not row["failed"]]
-    losses = [row["loss"] for row in ok if row["loss"] is not None]
-    evaluated = session.plan.evaluates(server_round, session.rounds)
-    return {
-        "round": server_round,
-        "rounds": session.rounds,
-        "stage": stage,
-        "seconds": seconds,
-        "bytes": {
-            "up": sum(row["bytes_up"] for row in ok),
-            "down": sum(row["bytes_down"] for row in trained),
-            "evaluation": session.evaluation_bytes,
-        },
-        "flops": sum(row["flops"] for row in ok),
-        "loss": sum(losses) / len(losses) if losses else None,
-        "accuracy": {name: _mean_accuracy(session, name) for name in ("local", "personal", "global")}
-        if evaluated
-        else None,
-        "clients": len(ok),
-        "failures": session.failures,
-        "errors": [str(error) for error in session.errors[:5]],
-        "traces": [error.trace for error in session.errors[:1]],
-        "rows": list(session.rows.values()),
-    }
-
-
-def _mean_accuracy(session: _Session, name: str) -> float | None:
-    scores: list[Score] = [row[name] for row in session.rows.values() if row[name] is not None]
-    if not scores:
-        return None
-    if name == "global":  # one model on the pooled test data
-        return sum(s.correct for s in scores) / max(1, sum(s.n for s in scores))
-    return sum(_accuracy(s) for s in scores) / len(scores)

@@ -13,6 +13,7 @@ from torch.nn import functional
 from fedsparse.errors import UserError
 
 Params = dict[str, Tensor]
+Slot = tuple[dict[str, Tensor | None], str]
 _SCORE_BATCH = 512  # examples a forward pass when scoring; fixed, since it may change bits
 
 
@@ -32,7 +33,8 @@ class Budget:
     """What a device may spend; None = unlimited.
 
     density: true density in (0, 1]; forward_macs: multiply-adds per sample; train_flops: per round;
-    memory, bytes_up, bytes_down: bytes; seconds: per round.
+    memory, bytes_up, bytes_down: bytes; seconds: per round. Every round is checked against all but ``seconds``, which
+    bind nothing: the seconds that are measured are those of this machine, not of the device.
     """
 
     density: float | None = None
@@ -65,11 +67,19 @@ class Profile:
 
 @dataclass(frozen=True)
 class Device:
-    """All that the server may know about a client. ``id`` is the partition number, the same on every engine."""
+    """All that the server may know about a client. ``id`` is the partition number, the same on every engine.
+
+    tier: the share by which tables group devices; by default the budget's density.
+    """
 
     id: int
     budget: Budget = field(default_factory=Budget)
     profile: Profile | None = None
+    tier: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.tier is None:
+            object.__setattr__(self, "tier", self.budget.density)
 
 
 @dataclass(frozen=True)
@@ -132,7 +142,7 @@ class Task:
         self.trainable = tuple(name for name, _ in model.named_parameters())
         self.buffers = tuple(name for name, _ in model.named_buffers())
         self.shapes = {name: tuple(t.shape) for name, t in _named(model)}
-        self._slots = {name: _slot(model, name) for name in self.shapes}
+        self._slots = _slots(model)
 
     @property
     def tokens(self) -> bool:
@@ -152,9 +162,9 @@ class Task:
         """
         kept: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
         for name, tensor in params.items():
-            table, key = self._slots[name]
-            kept.append((table, key, table[key]))
-            table[key] = tensor
+            for table, key in self._slots[name]:
+                kept.append((table, key, table[key]))
+                table[key] = tensor
         try:
             yield self.model
         finally:
@@ -195,12 +205,16 @@ def _named(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _slot(model: nn.Module, name: str) -> tuple[dict[str, Tensor | None], str]:
-    """Where a module keeps the tensor of that name: its table and the key in it."""
-    path, _, key = name.rpartition(".")
-    owner = model.get_submodule(path)
-    table: dict[str, Tensor | None] = owner._parameters if key in owner._parameters else owner._buffers  # type: ignore[assignment]
-    return table, key
+def _slots(model: nn.Module) -> dict[str, list[Slot]]:
+    """Where modules keep each tensor, by its first name: their tables and the keys in them; several if it is tied."""
+    names = {id(tensor): name for name, tensor in _named(model)}
+    slots: dict[str, list[Slot]] = {name: [] for name in names.values()}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    slots[names[id(tensor)]].append((table, key))  # type: ignore[arg-type]
+    return slots
 
 
 def _drop_batch_counters(model: nn.Module) -> None:

@@ -1,68 +1,315 @@
 """pFedGate: gated, personal, block-sparse models under a budget for each client.
 
 Source: Chen, Yao, Gao, Ding, Li, "Efficient Personalized Federated Learning via Sparse Model-Adaptation", ICML 2023,
-arXiv 2305.02776, Algorithm 1 and App. A. The client half does most of it.
+arXiv 2305.02776, Algorithm 1 and App. A. The client half does most of it. Cubic schedule: Zhu and Gupta 2017, arXiv
+1710.01878, eq. 1.
 Differs from the official code (yxdyc/pFedGate, b8cfa15): the mean of each block is over those who sent it (as the
 paper says), over this round's clients, of values; a block here is what lies between a group of outputs and a group of
-inputs, so that dead columns are not averaged.
+inputs, so that dead columns are not averaged; what is scheduled is the budget, by rounds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from fedsparse.errors import UserError
-from fedsparse.models.gated import Gated, gated_model
-from fedsparse.packet import Packet
-from fedsparse.sparse.codec import tile_count, unpack, unpack_bits
+from fedsparse.errors import UserError, unknown
+from fedsparse.gating import GatedClient
+from fedsparse.method import load_client
+from fedsparse.models.gated import GATE_SHARE, Gated, Layout, fitted, gated_model
+from fedsparse.packet import Packet, Scalar
+from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
+from fedsparse.sparse.cut import Bools
+from fedsparse.sparse.knapsack import no_choice
 from fedsparse.sparse.mean import MaskedMean
 from fedsparse.strategy import FederatedStrategy, Reply, State
-from fedsparse.task import Device, Task
+from fedsparse.task import Client, Device, Task
 
-_SHARED = ("blocks_per_layer", "max_block_frac", "branches", "gate_pool")  # the client's options that shape the cut
+SCHEDULES = ("constant", "linear", "cubic", "plateau")
+
+
+@dataclass(frozen=True)
+class GateState(State):
+    """The global model and what the server knows of its clients.
+
+    groups, least: the cut (see ``Layout``). above: how far above their budgets clients are, from 1 (every block) to 0
+    (their budget). changed: (parts,) the round in which each part last changed. trained: (parts,) whether any client
+    has trained it. copies: by device, the round after which its copy was made. next: by device, the packed kept set of
+    its next round. best, waited: of the plateau schedule.
+    """
+
+    round: int = 0
+    rounds: int = 0
+    groups: int = 0
+    least: float = 0.0
+    above: float = 0.0
+    changed: Tensor = field(default_factory=lambda: torch.zeros(0))
+    trained: Tensor = field(default_factory=lambda: torch.zeros(0))
+    copies: Mapping[int, int] = field(default_factory=dict)
+    next: Mapping[int, Tensor] = field(default_factory=dict)
+    best: float = -1.0
+    waited: int = 0
 
 
 @dataclass
 class PFedGate(FederatedStrategy):
-    """Sends the whole model; averages block by block. Gates never leave their clients."""
+    """Sends the model, or what the client needs of it; averages block by block. Gates never leave their clients.
+
+    schedule: of the budgets: "constant"; "linear" or "cubic" from 1 down to the budget between the shares
+    ``schedule_from`` and ``schedule_until`` of the rounds; "plateau": a quarter of the way down whenever the clients'
+    validation accuracy has not risen for ``patience`` rounds. While it is above a budget ``budget.on_over_budget``
+    must be "record".
+    """
 
     client: ClassVar[str] = "pfedgate"
+    schedule: str = "constant"
+    schedule_from: float = 0.0
+    schedule_until: float = 0.5
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise unknown("schedule", self.schedule, SCHEDULES)
+        if not 0 <= self.schedule_from < self.schedule_until <= 1:
+            raise UserError(
+                "schedule_from and schedule_until must be shares of the rounds, the first below the second, "
+                f"got {self.schedule_from} and {self.schedule_until}"
+            )
+        if self.patience < 1:
+            raise UserError(f"patience must be at least 1, got {self.patience}")
+        if self.schedule != "constant" and self._half.mask_scope != "batch":
+            raise UserError(f'schedule = {self.schedule!r} needs mask_scope = "batch", got {self._half.mask_scope!r}')
+
+    @property
+    def _half(self) -> GatedClient:
+        """The client half, whose options the server reads."""
+        spec = self.client_spec or self.client
+        half = load_client(spec)(**self.client_config)
+        if not isinstance(half, GatedClient):
+            raise UserError(f"client {spec!r} does not fit pfedgate: it must be a fedsparse.gating.GatedClient")
+        return half
+
+    # --- before round 1 ----------------------------------------------------------------------------------------------
 
     def init(self, task: Task, devices: Sequence[Device]) -> State:
-        gated = self._gated(task)
-        if not self.client_config.get("open_gate"):
-            for device in devices:
-                gated.limit(device)
-        return State(task.init_params())
+        half = self._half
+        layout = half.layout
+        if half.mode == "paper":  # the first chunks must leave a choice under the smallest budget
+            smallest = min((d.budget.density or 1.0 for d in devices), default=1.0)
+            layout = replace(layout, least=min(layout.least, smallest / 2))
+        layout = fitted(task, layout, lambda gated: self._check(half, gated, devices))
+        gated = self._use(task, layout)
+        parts = gated.cut.parts
+        return GateState(
+            task.init_params(),
+            groups=layout.blocks_per_layer,
+            least=layout.least,
+            above=float(self.schedule != "constant"),
+            changed=torch.zeros(parts, dtype=torch.int64),
+            trained=torch.zeros(parts, dtype=torch.bool),
+        )
+
+    def _check(self, half: GatedClient, gated: Gated, devices: Sequence[Device]) -> None:
+        """Refuse what cannot be met, with the reason."""
+        if half.open_gate:
+            return
+        if gated.gate_size > gated.dense:
+            raise UserError(
+                f"the gate has {gated.gate_size} parameters, more than the model ({gated.dense}); set method.gate_pool,"
+                ' method.branches = "shared" or larger blocks'
+            )
+        for device in devices:
+            budget = device.budget
+            if budget.memory is not None and (half.mask_scope == "batch" or half.download != "kept"):
+                raise UserError(
+                    f"client {device.id} has a memory budget: with mask_scope = {half.mask_scope!r} and download ="
+                    f' {half.download!r} it would hold the whole model; use mask_scope = "round" (or "client") and'
+                    ' download = "kept"'
+                )
+            if budget.bytes_up is not None and half.mask_scope == "batch":
+                raise UserError(
+                    f'client {device.id} has a budget for its upload, which mask_scope = "batch" cannot promise (every'
+                    ' batch has its own blocks); use mask_scope = "round" or "client"'
+                )
+            half.choice(gated, device, budget.density).first()
+
+    def notes(self, task: Task, devices: Sequence[Device]) -> tuple[str, ...]:
+        """A gate that is not light, and budgets that leave no choice."""
+        half, gated, found = self._half, self.gated, []
+        share = gated.gate_size / gated.dense
+        if share > GATE_SHARE and not half.open_gate:
+            found.append(f"the gate has {share:.0%} of the model's parameters; method.gate_pool makes it smaller")
+        if half.mode == "official" or half.open_gate:
+            return tuple(found)
+        for device in {d.budget: d for d in devices}.values():
+            limits = half.choice(gated, device, device.budget.density).limits
+            weights = gated.cut.weights("parameters")[~gated.cut.forced]
+            if "parameters" in limits:
+                spare = limits["parameters"] - gated.smallest["parameters"]
+                if (fits := no_choice(weights, spare)) is not None:
+                    found.append(
+                        f"budget {device.budget.density:g} leaves no choice of blocks: the smallest free one has"
+                        f" {weights.min()} parameters, {spare} are left; blocks of {fits} would do"
+                        " (method.max_block_frac, method.blocks_per_layer)"
+                    )
+        return tuple(found)
+
+    def scheduled(self, task: Task, state: State, rounds: int) -> State:
+        return replace(_gate(state), rounds=rounds)
+
+    # --- down --------------------------------------------------------------------------------------------------------
 
     def broadcast(self, state: State, device: Device) -> Packet:
-        return Packet("train", state.params)
+        state = _gate(state)
+        scalars: dict[str, Scalar] = {"groups": state.groups, "least": state.least}
+        if state.above and device.budget.density is not None:
+            scalars["density"] = device.budget.density + (1 - device.budget.density) * state.above
+        if self.schedule == "plateau":
+            scalars["validate"] = 1
+        download = self._half.download
+        if download == "kept":
+            kept = self._next(state, device)
+            values = pack(state.params, self.gated.cut, self.gated.cut.touched(kept))
+            return Packet("train", {"down": values, "kept": pack_bits(kept)}, scalars)
+        if download == "changed" and device.id in state.copies:
+            newer = (state.changed > state.copies[device.id]).numpy()
+            tensors = {"down": pack(state.params, self.gated.cut, newer), "changed": pack_bits(newer)}
+            return Packet("train", tensors, scalars)
+        return Packet("train", state.params, scalars)
+
+    def _next(self, state: GateState, device: Device) -> Bools:
+        """The kept set of a device's next round: what it said, or that of an untrained gate."""
+        cut = self.gated.cut
+        if device.id in state.next:
+            return unpack_bits(state.next[device.id], cut.blocks)
+        return self._half.choice(self.gated, device, device.budget.density).first()
+
+    # --- up ----------------------------------------------------------------------------------------------------------
 
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
-        values, touched = (reply.tensors.get(name) for name in ("values", "touched"))
-        if reply.kind != "update" or len(reply.tensors) != 2 or values is None or touched is None:
-            return (
-                f"a reply {reply.kind!r} of {sorted(reply.tensors)}, where 'update' of ['touched', 'values'] is wanted"
-            )
-        plan = self._gated(task).plan
+        wanted = {"values", "touched"} | ({"next"} if self._half.download == "kept" else set())
+        if reply.kind != "update" or reply.tensors.keys() != wanted:
+            return f"a reply {reply.kind!r} of {sorted(reply.tensors)}, where 'update' of {sorted(wanted)} is wanted"
+        cut, values = self.gated.cut, reply.tensors["values"]
         try:
-            for _ in unpack(values, plan, unpack_bits(touched, tile_count(plan)), task.shapes):
+            for _ in unpack(values, cut, unpack_bits(reply.tensors["touched"], cut.parts), task.shapes):
                 break
+            if "next" in wanted:
+                unpack_bits(reply.tensors["next"], cut.blocks)
         except UserError as error:
             return str(error)
         return "" if values.dtype == torch.float32 else f"tensor 'values' is {values.dtype}, not torch.float32"
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
-        plan = self._gated(task).plan
-        mean = MaskedMean(plan, task.shapes)
+        state, cut = _gate(state), self.gated.cut
+        mean, touched, right, seen = MaskedMean(cut, task.shapes), np.zeros(cut.parts, bool), 0.0, 0.0
+        copies, following = dict(state.copies), dict(state.next)
         for reply in replies:
-            tensors = reply.packet.tensors
-            mean.add(tensors["values"], unpack_bits(tensors["touched"], tile_count(plan)), reply.weight)
-        return replace(state, params=mean.result(state.params))
+            tensors, scalars = reply.packet.tensors, reply.packet.scalars
+            bits = unpack_bits(tensors["touched"], cut.parts)
+            mean.add(tensors["values"], bits, reply.weight)
+            touched |= bits
+            if self._half.download == "changed":
+                copies[reply.device.id] = state.round
+            if "next" in tensors:
+                following[reply.device.id] = tensors["next"].clone()
+            right += float(scalars.get("validation.correct", 0))
+            seen += float(scalars.get("validation.n", 0))
+        sent = torch.from_numpy(touched)
+        now = replace(
+            state,
+            params=mean.result(state.params),
+            round=state.round + 1,
+            changed=torch.where(sent, state.round + 1, state.changed),
+            trained=state.trained | sent,
+            copies=copies,
+            next=following,
+        )
+        return self._step(now, right / seen if seen else None)
 
-    def _gated(self, task: Task) -> Gated:
-        return gated_model(task, **{k: v for k, v in self.client_config.items() if k in _SHARED})
+    def _step(self, state: GateState, accuracy: float | None) -> GateState:
+        """The schedule after a round."""
+        if self.schedule == "constant":
+            return state
+        if self.schedule == "plateau":
+            return _plateau(state, accuracy, self.patience)
+        share = state.round / max(1, state.rounds)
+        left = 1 - (share - self.schedule_from) / (self.schedule_until - self.schedule_from)
+        left = min(1.0, max(0.0, left))
+        return replace(state, above=left**3 if self.schedule == "cubic" else left)
+
+    # --- the cut -----------------------------------------------------------------------------------------------------
+
+    @property
+    def gated(self) -> Gated:
+        """The cut and the gate, derived from the task by ``init``."""
+        found: Gated = self._derived
+        return found
+
+    def _use(self, task: Task, layout: Layout) -> Gated:
+        self._derived = gated_model(task, layout)
+        return self._derived
+
+    # --- after the run -----------------------------------------------------------------------------------------------
+
+    def diagnose(
+        self, task: Task, state: State, clients: Sequence[Client], memories: Mapping[int, Mapping[str, Tensor]]
+    ) -> Mapping[str, Any]:
+        """Of the clients' deployed masks: how many differ, their mean overlap (Jaccard, over the blocks that are not
+        forced, of all pairs), the share of parts that no client has trained, and how often a training batch's mask
+        agrees with the client's deployed one on a block that is not forced."""
+        state, half, cut = _gate(state), self._half, self.gated.cut
+        free = ~cut.forced
+        if half.open_gate or not free.any():
+            return {}
+        known = [c for c in clients if c.id in memories and "mask/used" in memories[c.id]]
+        masks, agreements = [], []
+        for client in known:
+            memory = dict(memories[client.id])
+            kept = half.deployed(task, client, self.broadcast(state, client.device), memory)[0][free]
+            used = memory["mask/used"].double().numpy()[free]
+            masks.append(kept)
+            agreements.append(float(np.where(kept, used, 1 - used).mean()))
+        if not masks:
+            return {}
+        return {
+            "distinct": len({m.tobytes() for m in masks}),
+            "mean_overlap": _overlap(np.array(masks)),
+            "never_trained": 1 - float(state.trained.double().mean()),
+            "agreement": sum(agreements) / len(agreements),
+        }
+
+
+def _gate(state: State) -> GateState:
+    """The state as this method keeps it; one with a plain model in it is that of an untouched run."""
+    assert isinstance(state, GateState)
+    return state
+
+
+def _plateau(state: GateState, accuracy: float | None, patience: int) -> GateState:
+    """A quarter of the way down after ``patience`` rounds without a better validation accuracy."""
+    if accuracy is None:
+        raise UserError('schedule = "plateau" needs clients with validation data')
+    if accuracy > state.best:
+        return replace(state, best=accuracy, waited=0)
+    if state.waited + 1 < patience:
+        return replace(state, waited=state.waited + 1)
+    return replace(state, above=max(0.0, state.above - 0.25), waited=0)
+
+
+def _overlap(masks: np.ndarray[Any, Any]) -> float | None:
+    """Mean over all pairs of |A and B| / |A or B|, 1 for two empty ones; None for a single mask."""
+    n = len(masks)
+    if n < 2:
+        return None
+    counts = masks.astype(np.float64)
+    both = counts @ counts.T
+    sizes = counts.sum(1)
+    either = sizes[:, None] + sizes - both
+    ratio = np.where(either > 0, both / np.maximum(either, 1), 1.0)
+    return float((ratio.sum() - n) / (n * (n - 1)))

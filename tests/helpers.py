@@ -39,6 +39,18 @@ def norm_task() -> Task:
         return Task(model, SHAPE, CLASSES, 0)
 
 
+def dropout_task() -> Task:
+    """The model of ``norm_task`` with dropout before its classifier."""
+    task = norm_task()
+    layers = dict(task.model.named_children())
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        if name == "output":
+            model.add_module("dropout", nn.Dropout(0.5))
+        model.add_module(name, layer)
+    return Task(model, SHAPE, CLASSES, 0)
+
+
 def small_split(n: int, *path: int | str, shape: tuple[int, ...] = SHAPE) -> Split:
     """Noise with a weak signal, so that training changes something."""
     rng = torch_rng(*path)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,8 @@ def test_help_and_version(cli: Cli) -> None:
         (["--rounds", "many"], ["--rounds", "'many'"]),
         (["--colour"], ["--colour"]),
         (["--method", "pfedgate", "--set", "budget.tiers=[0.0001]"], ["budget", "0.0001"]),
+        (["--set", "budget.table=nowhere.csv"], ["budget.table 'nowhere.csv'", "No such file"]),
+        (["--set", "partition.novel=0.5", "--set", "partition.clients=1"], ["partition.novel", "0.5", "one client"]),
     ],
 )
 def test_what_is_wrong_is_one_line_and_leaves_nothing_behind(args: list[str], words: list[str], cli: Cli) -> None:
@@ -350,3 +353,52 @@ def test_a_client_that_raises_is_named_and_its_traceback_kept(cli: Cli, tmp_path
     assert (code, out) == (0, "")
     assert err.startswith("warning: 2 failures of clients were skipped, the first: client 1, round 1")
     assert "raise RuntimeError" in (tmp_path / "skipped" / "client_error.txt").read_text()
+
+
+TALKING = """
+from dataclasses import dataclass
+from fedsparse.strategy import AveragingStrategy
+
+@dataclass
+class Talking(AveragingStrategy):
+    client = "fedavg"
+
+    def notes(self, task, devices):
+        return (f"{len(devices)} devices, <b>all</b> of them",)
+
+    def diagnose(self, task, state, clients, memories):
+        return {"distinct": len(clients), "memories": len(memories), "classes": state.params["output.bias"].numel()}
+"""
+
+
+def test_what_a_method_says_before_and_after_a_run(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "talking.py").write_text(TALKING)
+    mine = ["--rounds", "1", "--set", "partition.clients=5", "--set", "partition.novel=0.4"]
+    code, out, err = cli("run", "--method", "talking.py:Talking", *mine, "--out", "a")
+    note = "5 devices, <b>all</b> of them"
+    assert code == 0
+    assert err.index(f"note: {note}") < err.index("round 1/1")  # before the training
+    assert f"note: {note}" in out and "2 novel clients after 0, 1, 5, 10 epochs: " in out
+    assert note in tomllib.loads(Path("a/config.toml").read_text())["resolved"]["notes"]
+    summary = json.loads(Path("a/summary.json").read_text())
+    assert note in summary["notes"]
+    unknown = dict.fromkeys(("mean_overlap", "never_trained", "agreement"))
+    assert summary["masks"] == {"distinct": 3, **unknown, "memories": 0, "classes": 10}  # of those that took part
+    page = Path("a/report.html").read_text()
+    assert "&lt;b&gt;all&lt;/b&gt;" in page and "distinct masks" in page
+    assert cli("run", "--method", "talking.py:Talking", *mine, "--out", "b", "--quiet") == (0, "", "")
+
+
+def test_a_failure_in_onboarding_is_named(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(
+        RAISING.replace("client.id == 1", "False").replace(
+            "    def train", "    def onboard(self, *_):\n        raise RuntimeError('alone')\n\n    def train"
+        )
+    )
+    mine = ["--client", "alone.py:Raising", "--quiet", "--set", "partition.novel=0.25", "--seed", "1"]
+    _assert_one_line(cli("run", *QUICK, *mine, "--out", "a"), "stage onboard: RuntimeError: alone")
+    assert "RuntimeError: alone" in (tmp_path / "a" / "client_error.txt").read_text()
+    code, out, err = cli("run", *QUICK, *mine, "--out", "b", "--set", "engine.on_client_error=skip")
+    assert (code, out) == (0, "")
+    assert err.startswith("warning: 1 failures of clients were skipped, the first: client ") and "alone" in err
+    assert "RuntimeError: alone" in (tmp_path / "b" / "client_error.txt").read_text()

@@ -18,7 +18,7 @@ from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
 from fedsparse.strategy import FederatedStrategy, Plan
 from fedsparse.task import Budget, Device, Task
-from tests.helpers import norm_task, small_clients, small_task
+from tests.helpers import dropout_task, norm_task, small_clients, small_task
 
 METHODS = method_names()
 TASKS = {"mlp": small_task, "batch norm": norm_task}
@@ -121,6 +121,18 @@ def test_one_digest_for_two_runs_and_any_number_of_workers(name: str, task: str)
         digests.add(digest(strategy.state, memories))
     assert len(digests) == 1
     assert digest(*start_of(name, TASKS[task]())) not in digests  # something was learnt
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_dropout_is_the_same_on_any_number_of_workers(name: str) -> None:
+    """Dropout knows torch's global generator only."""
+    task = dropout_task()
+    before = torch.get_rng_state()
+    digests = {digest(s.state, m) for s, m, _ in (run_method(name, task, workers=w) for w in (1, 3))}
+    assert len(digests) == 1
+    assert torch.equal(torch.get_rng_state(), before)
+    dry, memories, _ = run_method(name, norm_task(), workers=1)
+    assert digest(dry.state, memories) not in digests
 
 
 def start_of(name: str, task: Task) -> tuple[Any, dict[int, dict[str, Tensor]]]:

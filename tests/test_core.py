@@ -29,8 +29,9 @@ from fedsparse.packet import Packet
 from fedsparse.report.summary import accuracy, noise_bottom_decile
 from fedsparse.runner import digest
 from fedsparse.seeding import numpy_rng, sample_cohort, seed_of, torch_rng
-from fedsparse.sgd import batches, clip_, sgd
+from fedsparse.sgd import batches, sgd
 from fedsparse.sparse.mean import WeightedMean
+from fedsparse.steps import clip_
 from fedsparse.strategy import Plan, misfit
 from fedsparse.task import Budget, Split
 from tests.helpers import norm_task, small_clients, small_split, small_task

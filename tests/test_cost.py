@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsparse import cost
@@ -144,11 +145,172 @@ def test_a_model_without_parameters_costs_nothing() -> None:
     assert cost.memory_bytes(layers, 1).total == 0
 
 
-def test_what_cannot_be_counted() -> None:
-    with pytest.raises(UserError, match=r"cost of module '0' \(Bilinear\)"):
-        cost.trace(nn.Sequential(nn.Bilinear(2, 2, 2)), (2,))
+class Asserting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 7, "seven features are needed"
+        return super().forward(x)
+
+
+def test_an_input_that_does_not_fit() -> None:
+    with pytest.raises(UserError, match=r"does not run on inputs of shape \(5,\): seven features are needed"):
+        cost.trace(Asserting(7, 2), (5,))
     with pytest.raises(UserError, match=r"does not run on inputs of shape \(5,\)"):
         cost.trace(nn.Linear(4, 2), (5,))
+
+
+# ------------------------------------------------------------------------------------------- layers without a formula
+
+
+class Functional(nn.Module):
+    """Uses its parameters, those of a dict and those of a child that never runs; (4,) -> (6,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.ones(8, 4))
+        self.scale = nn.Parameter(torch.ones(8))
+        self.table = nn.ParameterDict({"mix": nn.Parameter(torch.ones(8, 8)), "shift": nn.Parameter(torch.ones(8))})
+        self.lent = nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = (x @ self.own.T * self.scale) @ self.table["mix"].T + self.table["shift"]
+        return functional.linear(hidden, self.lent.weight, self.lent.bias)
+
+
+class Bilinear(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.form = nn.Bilinear(4, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.form(x, x)
+
+
+class Attention(nn.Module):
+    """Holds no parameter itself: scores and means of values are products of activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.output = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        mean = functional.scaled_dot_product_attention(q, k, v)
+        return self.output(mean.mean(1))
+
+
+def encoder_layer() -> nn.Module:
+    return nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+
+FOREIGN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "attention": (encoder_layer, (5, 8)),
+    "encoder": (lambda: nn.TransformerEncoder(encoder_layer(), 2, enable_nested_tensor=False), (5, 8)),
+    "functional": (Functional, (4,)),
+    "scores": (lambda: nn.Sequential(nn.RMSNorm(8), Attention()), (5, 8)),
+    "transposed": (lambda: nn.Sequential(nn.Conv1d(3, 4, 2), nn.ConvTranspose1d(4, 2, 3)), (3, 6)),
+    "cell": (lambda: nn.GRUCell(4, 3), (4,)),
+    "bilinear": (Bilinear, (4,)),
+    "rms": (lambda: nn.Sequential(nn.Linear(4, 3), nn.RMSNorm(3), nn.PReLU()), (4,)),
+}
+
+
+def counted(model: nn.Module, shape: tuple[int, ...]) -> int:
+    """Flops of one example by PyTorch's counter, with attention in parts."""
+    attention = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    mapping = {torch.ops.aten._trilinear: lambda a, w, *_, **__: 2 * a[0] * math.prod(w)}  # which it does not know
+    with attention, FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        model.train()(torch.zeros(1, *shape))
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", list(FOREIGN))
+@pytest.mark.parametrize("frozen", [False, True])
+def test_unknown_modules_cost_what_pytorch_counts(name: str, frozen: bool) -> None:
+    build, shape = FOREIGN[name]
+    model = build().requires_grad_(not frozen)
+    layers = cost.trace(model, shape)
+    assert 2 * cost.forward_macs(layers) == counted(model, shape) > 0
+    assert cost.trainable_count(layers) == (0 if frozen else sum(p.numel() for p in model.parameters()))
+    names = [name for name, _ in model.named_modules()]
+    assert [layer.name for layer in layers] == sorted((layer.name for layer in layers), key=names.index)
+
+
+def test_no_layer_of_an_encoder_is_counted_twice() -> None:
+    """in_proj is held by the attention, out_proj by a child that it never calls; both share what it computes."""
+    length, width, hidden = 5, 8, 16
+    layers = {layer.name: layer for layer in cost.trace(encoder_layer(), (length, width))}
+    attention, out = layers["self_attn"], layers["self_attn.out_proj"]
+    assert (attention.kind, attention.weights, attention.biases) == ("other", 3 * width * width, 3 * width)
+    assert (attention.weight_name, attention.units_in, attention.units_out) == (
+        "self_attn.in_proj_weight", width, 3 * width,
+    )  # fmt: skip
+    assert (out.kind, out.weights, out.biases) == ("linear", width * width, width)
+    scores = 2 * length * length * width
+    assert attention.macs + out.macs == 4 * width * width * length + scores
+    assert attention.macs == 3 * out.macs
+    assert attention.activations == length * width
+    assert layers["linear1"].macs == layers["linear2"].macs == length * width * hidden
+    assert not any(layer.first for layer in (attention, out))
+
+
+def test_parameters_that_are_used_without_a_call() -> None:
+    layers = cost.trace(Functional(), (4,))
+    assert [(la.name, la.kind, la.weights, la.biases, la.macs) for la in layers] == [
+        ("", "other", 32, 8, 32),
+        ("table", "other", 64, 8, 64),
+        ("lent", "linear", 48, 6, 48),
+    ]
+
+
+def test_products_of_activations_stand_in_a_layer_without_weights() -> None:
+    layers = cost.trace(nn.Sequential(nn.RMSNorm(8), Attention()), (5, 8))
+    assert [(la.name, la.weights, la.biases, la.macs) for la in layers] == [
+        ("0", 0, 8, 0),
+        ("1", 0, 0, 2 * 5 * 5 * 8),
+        ("1.qkv", 8 * 24, 24, 5 * 8 * 24),
+        ("1.output", 16, 2, 16),
+    ]
+    assert cost.model_bytes(layers) == 4 * cost.trainable_count(layers)
+
+
+class Keyword(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(input=x)
+
+
+def test_an_input_by_keyword() -> None:
+    (layer,) = cost.trace(Keyword(), (4,))
+    assert (layer.macs, layer.first) == (12, True)
+
+
+class Packed(nn.Module):
+    """An LSTM over a packed sequence; (6, 4) -> (3,)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 3, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), x.shape[1]), batch_first=True)
+        return self.lstm(packed)[1][0][-1]
+
+
+def test_a_packed_sequence() -> None:
+    (layer,) = cost.trace(Packed(), (6, 4))
+    assert (layer.macs, layer.activations) == (6 * 4 * 3 * (4 + 3), 6 * 3)
+
+
+def test_the_counter_does_not_run_for_known_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first operation takes 1.7 seconds."""
+    monkeypatch.delattr("torch.utils.flop_counter.FlopCounterMode")
+    assert cost.trace(build_model("resnet18", (1, 8, 8), 4, width=0.1), (1, 8, 8))
+    with pytest.raises(ImportError):
+        cost.trace(nn.GRUCell(4, 3), (4,))
 
 
 # ----------------------------------------------------------------------------------------------- multiply-adds

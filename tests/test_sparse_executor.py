@@ -23,10 +23,10 @@ from torch.nn.utils.parametrizations import weight_norm
 from fedsparse.errors import UserError
 from fedsparse.models import build_model
 from fedsparse.seeding import torch_rng
-from fedsparse.sgd import step_
 from fedsparse.sparse.executor import Executor
 from fedsparse.sparse.masks import Mask, compact, spread, whole
 from fedsparse.sparse.program import UnsupportedError, read_program
+from fedsparse.steps import step_
 from fedsparse.task import Params, Task
 
 TOLERANCE = 1e-4

@@ -1,4 +1,5 @@
-"""The exact knapsack against all subsets, and its speed."""
+"""The knapsack: the exact solver against all subsets and a table over capacities, the greedy ones and the official
+choice against loops, and how long it takes."""
 
 from __future__ import annotations
 
@@ -9,8 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
-from fedsparse.sparse.knapsack import knapsack
+from fedsparse.errors import UserError
+from fedsparse.sparse import knapsack as module
+from fedsparse.sparse.knapsack import SOLVERS, knapsack, no_choice, official_choice, solve
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 def best_value(values: list[float], sizes: list[int], capacity: int) -> float:
@@ -22,12 +29,36 @@ def best_value(values: list[float], sizes: list[int], capacity: int) -> float:
     return best
 
 
+def table_value(values: Floats, sizes: Ints, capacity: int) -> float:
+    """Over all capacities, one block after the other."""
+    best = np.zeros(capacity + 1)
+    for v, s in zip(values.tolist(), sizes.tolist(), strict=True):
+        if s <= capacity:
+            best[s:] = np.maximum(best[s:], best[: capacity + 1 - s] + v)
+    return float(best[-1])
+
+
+def nearly_tied(rng: np.random.Generator, n: int, sizes: Ints) -> Floats:
+    return 0.5 + 0.002 * rng.standard_normal(n)
+
+
+VALUES = {
+    "random": lambda rng, n, sizes: rng.random(n),
+    "nearly tied": nearly_tied,
+    "single precision": lambda rng, n, sizes: nearly_tied(rng, n, sizes).astype(np.float32).astype(np.float64),
+    "tied": lambda rng, n, sizes: np.full(n, 0.5),
+    "ten levels": lambda rng, n, sizes: np.round(10 * rng.random(n)),
+    "by size": lambda rng, n, sizes: 0.3 + 0.3 * sizes / sizes.max() + 0.002 * rng.standard_normal(n),
+    "size": lambda rng, n, sizes: sizes * (1 + 1e-3 * rng.standard_normal(n)),
+}
+
 blocks = st.lists(st.tuples(st.sampled_from([0.0, 0.25, 0.5, 0.51, 0.9]), st.integers(0, 7)), max_size=9)
 any_blocks = st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 40)), max_size=9)
+few_sizes = st.lists(st.tuples(st.floats(0.49, 0.51), st.sampled_from([5, 7, 12])), max_size=10)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.one_of(blocks, any_blocks), st.integers(-3, 90))
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(blocks, any_blocks, few_sizes), st.integers(-3, 90))
 def test_as_good_as_the_best_of_all_subsets(items: list[tuple[float, int]], capacity: int) -> None:
     values, sizes = [v for v, _ in items], [s for _, s in items]
     taken = knapsack(values, sizes, capacity)
@@ -37,27 +68,167 @@ def test_as_good_as_the_best_of_all_subsets(items: list[tuple[float, int]], capa
         assert not taken.any()
         return
     assert np.dot(taken, np.array(sizes, np.int64)) <= capacity
-    assert np.dot(taken, np.array(values)) == pytest.approx(best_value(values, sizes, capacity), abs=1e-9)
+    assert np.dot(taken, np.array(values)) == pytest.approx(best_value(values, sizes, capacity), abs=1e-12)
     np.testing.assert_array_equal(taken, knapsack(values, sizes, capacity))
 
 
-def test_ties_go_to_the_lower_index() -> None:
-    np.testing.assert_array_equal(knapsack([0.5] * 6, [3] * 6, 10), [True] * 3 + [False] * 3)
+@pytest.mark.parametrize("first_window", [(3, 12, 256), (1, 1, 2)])
+@pytest.mark.parametrize("rounds", [0, 2])
+@pytest.mark.parametrize("kind", VALUES)
+def test_as_good_as_a_table_over_capacities(
+    kind: str, rounds: int, first_window: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where windows start too small and where fewer and more blocks are searched apart from the beginning."""
+    monkeypatch.setattr(module, "_ROUNDS", rounds)
+    for name, value in zip(("_REACH", "_SIZES", "_WIDTH"), first_window, strict=True):
+        monkeypatch.setattr(module, name, value)
+    rng = np.random.default_rng(len(kind))
+    for classes, share in itertools.product((1, 4, 25, 150), (0.1, 0.5, 0.9)):
+        sizes = rng.choice(rng.integers(5, 120, classes), 150).astype(np.int64)
+        values = VALUES[kind](rng, 150, sizes)
+        capacity = int(sizes.sum() * share)
+        taken = knapsack(values, sizes, capacity)
+        assert sizes[taken].sum() <= capacity
+        best = table_value(values, sizes, capacity)
+        assert values[taken].sum() == pytest.approx(best, rel=1e-13, abs=1e-12 * values.max())
+
+
+def test_values_that_differ_in_the_last_bits_are_told_apart() -> None:
+    tiny = 2.0**-40
+    np.testing.assert_array_equal(knapsack([0.5, 0.5 + tiny, 0.5, 0.5 + tiny], [3, 3, 3, 3], 6), [0, 1, 0, 1])
+    np.testing.assert_array_equal(knapsack([0.5, 0.25, 0.25 + tiny], [6, 3, 3], 6), [False, True, True])
+    np.testing.assert_array_equal(knapsack([0.5 + 2 * tiny, 0.25, 0.25 + tiny], [6, 3, 3], 6), [True, False, False])
+    for scale in (1e-200, 1e200):  # and the unit of the values does not matter
+        np.testing.assert_array_equal(knapsack([6 * scale, 5 * scale, 5 * scale], [6, 5, 5], 10), [False, True, True])
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_ties_go_to_the_lower_index(solver: str) -> None:
+    np.testing.assert_array_equal(solve([0.5] * 6, [3] * 6, 10, solver), [True] * 3 + [False] * 3)
+    np.testing.assert_array_equal(solve([0.5, 0.7, 0.5], [3] * 3, 6, solver), [True, True, False])
 
 
 @pytest.mark.parametrize(
     ("values", "sizes", "message"),
     [([1.0, float("nan")], [1, 1], "block 1 is nan"), ([1.0], [-2], "size -2"), ([1.0], [1, 2], "sizes")],
 )
-def test_bad_input_is_named(values: list[float], sizes: list[int], message: str) -> None:
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_bad_input_is_named(solver: str, values: list[float], sizes: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        knapsack(values, sizes, 1)
+        solve(values, sizes, 1, solver)
 
 
-def test_thousands_of_blocks_take_milliseconds() -> None:
+# --- greedy ----------------------------------------------------------------------------------------------------------
+
+
+def in_turn(keys: list[tuple[float, int]], sizes: list[int], capacity: int) -> list[int]:
+    """Blocks by key, skipping those that do not fit."""
+    taken = []
+    for _, block in sorted(keys):
+        if sizes[block] <= capacity:
+            capacity -= sizes[block]
+            taken.append(block)
+    return sorted(taken)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.one_of(blocks, any_blocks, few_sizes), st.integers(-3, 90))
+def test_greedy_against_loops_and_never_better_than_exact(items: list[tuple[float, int]], capacity: int) -> None:
+    values, sizes = [v for v, _ in items], [s for _, s in items]
+    useful = [i for i, v in enumerate(values) if v >= 0]
+    by_value = in_turn([(-values[i], i) for i in useful], sizes, capacity)
+    by_ratio = in_turn([(-values[i] / sizes[i] if sizes[i] else -np.inf, i) for i in useful], sizes, capacity)
+    best = values @ knapsack(values, sizes, capacity) if items else 0.0
+    for solver, want in (("greedy_value", by_value), ("greedy_ratio", by_ratio)):
+        taken = solve(values, sizes, capacity, solver)
+        assert np.flatnonzero(taken).tolist() == want
+        assert sum(values[i] for i in want) <= best + 1e-12
+        assert sum(sizes[i] for i in want) <= max(0, capacity)
+
+
+def test_the_solvers_differ() -> None:
+    values, sizes = [0.9, 0.6, 0.5, 0.1], [10, 6, 4, 1]
+    assert [np.flatnonzero(solve(values, sizes, 10, s)).tolist() for s in SOLVERS] == [[1, 2], [0], [2, 3]]
+    assert np.flatnonzero(solve(values, sizes, 10)).tolist() == [1, 2]
+    with pytest.raises(UserError, match="unknown solver 'greedy'.*greedy_ratio, greedy_value"):
+        solve(values, sizes, 10, "greedy")
+
+
+# --- what the official code does -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]), st.sampled_from([0.1, 0.2]))
+def test_the_official_choice_against_loops(seed: int, sparsity: float, floor: float) -> None:
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(1, 30))
+    importance, sizes = rng.random(n), rng.integers(1, 50, n)
+    linear, candidates = rng.random(n) < 0.5, rng.random(n) < 0.8
+    kept = official_choice(importance, sizes, linear, candidates, sparsity, floor)
+    want = {i for i in range(n) if sparsity == 1 or not candidates[i]}
+    for group in (True, False) if sparsity < 1 else ():
+        members = [i for i in range(n) if candidates[i] and linear[i] == group]
+        capacity = round(sum(int(sizes[i]) for i in members) * (sparsity - floor))
+        scores = [(-round(10 * max(float(importance[i]), floor)), i) for i in members]
+        want |= set(in_turn(scores, sizes.tolist(), capacity))
+    assert set(np.flatnonzero(kept).tolist()) == want
+
+
+def test_the_official_choice_on_the_cut_of_lenet() -> None:
+    """Chunks of five per tensor, the first of each kept; densities and budgets as measured on the official code."""
+    conv = [[480] * 5, [7, 7, 7, 7, 4], [10240] * 5, [13, 13, 13, 13, 12]]
+    dense = [[38400] * 5, [24] * 5, [168] * 5, [2] * 5, [2016] * 5, [17, 17, 17, 17, 16]]
+    sizes = np.array([s for tensor in (*conv, *dense) for s in tensor], np.int64)
+    linear, candidates = np.repeat([False, True], [20, 30]), np.tile([False, True, True, True, True], 10)
+    assert sizes.sum() == 256_830
+    masks = {s: set() for s in (0.5, 0.3)}
     rng = np.random.default_rng(0)
-    values, sizes = 0.5 + 0.01 * rng.random(4000), rng.choice([25, 801, 802, 1025], 4000)
+    for s, kept_size in ((0.5, 110_910), (0.3, 62_270)):
+        for _ in range(300):
+            kept = official_choice(rng.random(50), sizes, linear, candidates, s, 0.2)
+            assert sizes[kept].sum() == kept_size
+            masks[s].add(kept.tobytes())
+    assert len(masks[0.5]) == 16
+    assert len(masks[0.3]) == 1  # the budget alone decides
+    untrained = official_choice(np.full(50, 0.5), sizes, linear, candidates, 0.5, 0.2)
+    assert untrained[[10, 11, 20, 21]].all() and not untrained[[12, 13, 14, 22, 23, 24]].any()
+
+
+# --- whether there is a choice ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sizes", "capacity", "want"),
+    [
+        ([5, 5, 5], 15, None),  # all fit: nothing to choose
+        ([5, 5, 5], 5, None),
+        ([5, 5, 5], 4, 4),  # not one fits
+        ([38400] * 4 + [24] * 4, 16_251, 16_251),  # LeNet's linear layers at 0.3, officially
+        ([38400] * 4 + [24] * 4, 48_752, None),
+        ([9, 9, 1, 1, 16], 9, None),
+        ([9, 9, 1, 1, 21], 9, 9),
+        ([], 0, None),
+    ],
+)
+def test_whether_a_budget_leaves_a_choice(sizes: list[int], capacity: int, want: int | None) -> None:
+    assert no_choice(sizes, capacity) == want
+    if want is not None:  # blocks cut to that size would leave one
+        pieces = [want] * (sum(sizes) // want) + ([sum(sizes) % want] if sum(sizes) % want else [])
+        assert no_choice(pieces, capacity) is None
+
+
+# --- time ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("classes", [4, 10, 60])
+@pytest.mark.parametrize("kind", VALUES)
+def test_thousands_of_blocks_take_milliseconds(kind: str, classes: int) -> None:
+    rng = np.random.default_rng(classes)
+    sizes = rng.choice(rng.integers(20, 20_000, classes), 4000).astype(np.int64)
+    values, capacity = VALUES[kind](rng, 4000, sizes), int(sizes.sum() * 0.3)
     start = time.perf_counter()
-    taken = knapsack(values, sizes, int(sizes.sum() * 0.3))
-    assert time.perf_counter() - start < 1  # about 10 ms; the bound is for busy machines
-    assert 0 < np.dot(taken, sizes) <= int(sizes.sum() * 0.3)
+    taken = knapsack(values, sizes, capacity)
+    assert time.perf_counter() - start < 2  # a few ms; the bound is for busy machines
+    assert sizes[taken].sum() <= capacity
+    for solver in ("greedy_value", "greedy_ratio"):
+        assert values[taken].sum() >= values[solve(values, sizes, capacity, solver)].sum() - 1e-12 * values.sum()

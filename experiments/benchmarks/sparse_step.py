@@ -53,10 +53,10 @@ from fedsparse.cost import Layer, exempt_layers, trace
 from fedsparse.masked import network
 from fedsparse.models import build_model
 from fedsparse.seeding import torch_rng
-from fedsparse.sgd import step_
 from fedsparse.sparse.masks import Mask, compact, whole
 from fedsparse.sparse.pruning import at_random
 from fedsparse.sparse.representation import cpu_name, crossovers
+from fedsparse.steps import step_
 from fedsparse.task import Task
 
 SEED, LR, MOMENTUM = 0, 1e-3, 0.9

@@ -44,7 +44,8 @@ class PartitionConfig:
     min_train: training examples, at least 1; smaller natural clients are dropped, other schemes draw again, up to
     ``retries`` times. min_test: test examples that a client gets where it has enough (see ``split_sizes``).
     max_clients: keep the first so many; 0 = all. holdout: training examples of each class that the server keeps for
-    itself, drawn by seed before the division; no client has them, whatever the method.
+    itself, drawn by seed before the division; no client has them, whatever the method. novel: share of the clients, in
+    [0, 1), drawn by seed, that take no part in training; at least one then does and one does not.
     """
 
     scheme: str = "auto"
@@ -56,12 +57,15 @@ class PartitionConfig:
     max_clients: int = 0
     retries: int = 20
     holdout: int = 0
+    novel: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scheme not in _SCHEMES:
             raise unknown("partition.scheme", self.scheme, _SCHEMES)
         if not 0 < self.alpha < float("inf"):
             raise UserError(f"partition.alpha must be above 0 and finite, got {self.alpha}")
+        if not 0 <= self.novel < 1:
+            raise UserError(f"partition.novel must be in [0, 1), got {self.novel}")
         for name, low in _LOWEST.items():
             if getattr(self, name) < low:
                 raise UserError(f"partition.{name} must be at least {low}, got {getattr(self, name)}")
@@ -83,7 +87,8 @@ class FederatedData:
 
     input_shape: of one example; vocabulary: number of tokens, 0 = numeric input.
     notes: what a user should know, one line each: clients dropped, clients with a small test set, unused classes.
-    server: the hold-out, None where there is none.
+    server: the hold-out, None where there is none. novel: sorted ids (places in ``clients``) of those that take no
+    part in training.
     """
 
     name: str
@@ -94,6 +99,7 @@ class FederatedData:
     notes: tuple[str, ...]
     default_model: str
     server: Split | None = None
+    novel: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,7 +122,7 @@ def federate(dataset: Dataset, config: PartitionConfig, seed: int) -> FederatedD
     Each client's examples are divided by seed (``split_sizes``). With natural clients and a given train/test division
     inside them, test = the given test part and validation = the last quarter, in file order, of each class of the
     client's training part. Numeric inputs are scaled to mean 0 and standard deviation 1, per channel or column, by
-    the training examples of all clients together; missing values then become 0, the training mean.
+    the training examples of all clients but the novel ones together; missing values then become 0, the training mean.
     The same arguments give the same bits. Raises UserError where the division cannot be made.
     """
     notes: list[str] = []
@@ -124,7 +130,7 @@ def federate(dataset: Dataset, config: PartitionConfig, seed: int) -> FederatedD
     rows, names = _groups(dataset, config, seed, notes, held)
     shares = _split(dataset, config, seed, rows, names, notes)
     kept = _keep(dataset, config, shares, notes)
-    return _assemble(dataset, kept, held, tuple(notes))
+    return _assemble(dataset, kept, held, _novel(len(kept), config.novel, seed), tuple(notes))
 
 
 def split_sizes(n: int, min_train: int, min_test: int) -> tuple[int, int, int]:
@@ -344,17 +350,29 @@ def _named(clients: Sequence[str], what: str) -> str:
     return f"{len(clients)} client{'s' if len(clients) > 1 else ''} {what}: {', '.join(clients)}"
 
 
+def _novel(clients: int, share: float, seed: int) -> tuple[int, ...]:
+    """The ids of the clients that take no part in training, sorted."""
+    if not share:
+        return ()
+    if clients < 2:
+        raise UserError(f"partition.novel is {share}, but there is only one client: none would be left to train")
+    count = min(max(1, round(share * clients)), clients - 1)
+    return tuple(sorted(int(i) for i in numpy_rng(seed, "novel").choice(clients, size=count, replace=False)))
+
+
 # One tensor for all
 
 
-def _assemble(dataset: Dataset, clients: Sequence[_Shares], held: Array, notes: tuple[str, ...]) -> FederatedData:
+def _assemble(
+    dataset: Dataset, clients: Sequence[_Shares], held: Array, novel: tuple[int, ...], notes: tuple[str, ...]
+) -> FederatedData:
     parts = [p for c in clients for p in c.parts] + [held]
     rows = np.concatenate(parts)
     ends = np.cumsum([len(p) for p in parts]).tolist()
     spans = list(itertools.pairwise([0, *ends]))  # train, validation, test, train, ..., the server's
     inputs, labels = dataset.x[rows], dataset.y[rows]
     if not dataset.vocabulary:
-        _scale(inputs, spans[:-1:3])
+        _scale(inputs, [span for i, span in enumerate(spans[:-1:3]) if i not in novel])
     x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
     splits = [_view(x, y, span) for span in spans]
     return FederatedData(
@@ -366,6 +384,7 @@ def _assemble(dataset: Dataset, clients: Sequence[_Shares], held: Array, notes: 
         notes=notes,
         default_model=dataset.default_model,
         server=splits[-1] if len(held) else None,
+        novel=novel,
     )
 
 

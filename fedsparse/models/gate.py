@@ -4,12 +4,14 @@ Source: Chen et al. 2023, arXiv 2305.02776, section 5.2.1 and Fig. 2; switchable
 1806.10779; official code yxdyc/pFedGate at b8cfa15. Per branch: switchable norm, flatten, Linear(d_X, L), batch norm
 over the L features, sigmoid, mean over the batch (of sigmoids, not the sigmoid of a mean).
 Differs from the official code: the default has two full branches, as the paper says; inputs that are no image have a
-norm over features and batch; the input may be pooled; a batch of one example uses the running statistics.
+norm over features and batch; the input may be pooled; a batch of one example uses the running statistics; text is read
+as each example's shares of tokens, which a linear layer turns into a mean embedding of its own.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from torch.nn import functional
 from fedsparse.errors import unknown
 
 BRANCHES = ("separate", "shared")
+PRE_NORMS = ("switch", "none")
+POST_NORMS = ("batch", "layer", "none")
+BOUNDS = ("sigmoid", "none")
 Moments = tuple[Tensor, Tensor]
 _EPS = 1e-5
 _KEEP = 0.9  # of the running statistics at each training batch; they start at 0, as in the official code
@@ -96,50 +101,110 @@ def _pool2d(x: Tensor, size: tuple[int, ...]) -> Tensor:
     return functional.adaptive_avg_pool2d(x, (size[0], size[1]))
 
 
+@dataclass(frozen=True)
+class GateOptions:
+    """What a gate is made of. Raises UserError for a word that is not known.
+
+    branches: "separate" = M and G from a branch each; "shared" = the same vector for both. share_pre_norm: separate
+    branches share the first norm, and start as copies of one another (the official code's ``seperate_trans = 1``).
+    pool: images and series are averaged to that many positions a side before all else, 0 = not; the gate shrinks with
+    them. pre_norm, post_norm, bound: the layers before and after the linear one and what ends it (the paper's Table 2).
+    vocabulary: number of tokens, 0 for numeric input.
+    """
+
+    branches: str = "separate"
+    share_pre_norm: bool = False
+    pool: int = 0
+    pre_norm: str = "switch"
+    post_norm: str = "batch"
+    bound: str = "sigmoid"
+    vocabulary: int = 0
+
+    def __post_init__(self) -> None:
+        allowed = {"branches": BRANCHES, "pre_norm": PRE_NORMS, "post_norm": POST_NORMS, "bound": BOUNDS}
+        for name, words in allowed.items():
+            if getattr(self, name) not in words:
+                raise unknown(f"gate {name.replace('_', '-')}", getattr(self, name), words)
+
+
 class Branch(nn.Module):
-    """Input -> one value in (0, 1) a block. ``generator``: draws the linear layer, uniform in +-1/sqrt(d_X)."""
+    """Input -> one value a block, in (0, 1) if it is bounded.
 
-    def __init__(self, input_shape: tuple[int, ...], blocks: int, generator: torch.Generator) -> None:
-        super().__init__()
-        features = math.prod(input_shape)
-        bound = 1 / math.sqrt(features)
-        self.norm = SwitchNorm(input_shape[0], spatial=len(input_shape) > 1)
-        self.weight = nn.Parameter(torch.empty(blocks, features).uniform_(-bound, bound, generator=generator))
-        self.bias = nn.Parameter(torch.empty(blocks).uniform_(-bound, bound, generator=generator))
-        self.post_norm = nn.BatchNorm1d(blocks, eps=_EPS)
-
-    def forward(self, x: Tensor, moments: Moments) -> Tensor:
-        """(n, *input_shape) -> (L,): the mean over the batch of each example's sigmoids."""
-        logits = functional.linear(self.norm(x, moments).flatten(1), self.weight, self.bias)  # (n, L)
-        return torch.sigmoid(self.post_norm(logits)).mean(0)
-
-
-class Gate(nn.Module):
-    """Maps a batch (n, *input_shape) to (M, G), both (L,) in (0, 1).
-
-    branches: "separate" = M and G from a branch each; "shared" = the same vector for both. pool: images and series
-    are averaged to that many positions a side before all else, 0 = not; the gate shrinks with them. Raises UserError
-    for an unknown ``branches``.
+    ``generator``: draws the linear layer, uniform in +-1/sqrt(d_X). ``norm``: the first norm, None = without.
     """
 
     def __init__(
-        self, input_shape: tuple[int, ...], blocks: int, branches: str, pool: int, generator: torch.Generator
+        self, features: int, blocks: int, generator: torch.Generator, options: GateOptions, norm: SwitchNorm | None
     ) -> None:
         super().__init__()
-        if branches not in BRANCHES:
-            raise unknown("gate branches", branches, BRANCHES)
-        self.pool = pool if pool and len(input_shape) in (2, 3) else 0
-        self.input_shape = (input_shape[0], *(min(self.pool or s, s) for s in input_shape[1:]))
-        self.scale = Branch(self.input_shape, blocks, generator)
-        self.importance = self.scale if branches == "shared" else Branch(self.input_shape, blocks, generator)
+        bound = 1 / math.sqrt(features)
+        self.norm = norm
+        self.weight = nn.Parameter(torch.empty(blocks, features).uniform_(-bound, bound, generator=generator))
+        self.bias = nn.Parameter(torch.empty(blocks).uniform_(-bound, bound, generator=generator))
+        self.post_norm = _post_norm(options.post_norm, blocks)
+        self.bounded = options.bound == "sigmoid"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normed inputs (n, *input_shape) -> (L,): the mean over the batch of each example's values."""
+        logits = self.post_norm(functional.linear(x.flatten(1), self.weight, self.bias))  # (n, L)
+        return (torch.sigmoid(logits) if self.bounded else logits).mean(0)
+
+
+def _post_norm(kind: str, blocks: int) -> nn.Module:
+    if kind == "batch":
+        return nn.BatchNorm1d(blocks, eps=_EPS)
+    return nn.LayerNorm(blocks, eps=_EPS) if kind == "layer" else nn.Identity()
+
+
+def _apply(norm: SwitchNorm | None, x: Tensor, moments: Moments | None) -> Tensor:
+    return x if norm is None or moments is None else norm(x, moments)
+
+
+class Gate(nn.Module):
+    """Maps a batch (n, *input_shape) to (M, G), both (L,)."""
+
+    def __init__(
+        self, input_shape: tuple[int, ...], blocks: int, generator: torch.Generator, options: GateOptions
+    ) -> None:
+        super().__init__()
+        shape = (options.vocabulary,) if options.vocabulary else input_shape
+        self.vocabulary = options.vocabulary
+        self.pool = options.pool if options.pool and len(shape) in (2, 3) else 0
+        self.input_shape = (shape[0], *(min(self.pool or s, s) for s in shape[1:]))
+        self.normed = options.pre_norm == "switch"
+        self.scale = self._branch(blocks, generator, options, self._norm())
+        self.importance = self.scale
+        if options.branches == "separate":
+            norm = self.scale.norm if options.share_pre_norm else self._norm()
+            self.importance = self._branch(blocks, generator, options, norm)
+            if options.share_pre_norm:
+                self.importance.load_state_dict(self.scale.state_dict())
+
+    def _norm(self) -> SwitchNorm | None:
+        return SwitchNorm(self.input_shape[0], spatial=len(self.input_shape) > 1) if self.normed else None
+
+    def _branch(self, blocks: int, generator: torch.Generator, options: GateOptions, norm: SwitchNorm | None) -> Branch:
+        return Branch(math.prod(self.input_shape), blocks, generator, options, norm)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.read(x)
+        moments = input_moments(x) if self.normed else None
+        normed = _apply(self.scale.norm, x, moments)
+        scale = self.scale(normed)
+        if self.importance is self.scale:
+            return scale, scale
+        if self.importance.norm is not self.scale.norm:
+            normed = _apply(self.importance.norm, x, moments)
+        return scale, self.importance(normed)
+
+    def read(self, x: Tensor) -> Tensor:
+        """Numbers of the gate's shape: shares of tokens, or the pooled input. What has been read stays as it is."""
+        if self.vocabulary and not x.is_floating_point():
+            return functional.one_hot(x, self.vocabulary).float().mean(1)
         if self.pool:
             size = self.input_shape[1:]
-            x = functional.adaptive_avg_pool1d(x, size[0]) if len(size) == 1 else _pool2d(x, size)
-        moments = input_moments(x)
-        scale = self.scale(x, moments)
-        return scale, scale if self.importance is self.scale else self.importance(x, moments)
+            return functional.adaptive_avg_pool1d(x, size[0]) if len(size) == 1 else _pool2d(x, size)
+        return x
 
     @property
     def macs(self) -> int:

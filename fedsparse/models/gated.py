@@ -1,24 +1,52 @@
-"""A chain model with its gate: what pFedGate's two halves derive, each for itself, from the task and the options."""
+"""A cut model with its gate: what pFedGate's two halves derive, each for itself, from the task and the options."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsparse.cost import Layer, forward_macs, memory_bytes, nominal_density, trace, train_flops
 from fedsparse.errors import UserError
-from fedsparse.models.gate import Gate
+from fedsparse.models.gate import Gate, GateOptions
 from fedsparse.seeding import torch_rng
-from fedsparse.sparse.blocks import BLOCKS_PER_LAYER, MAX_BLOCK_FRAC, Bools, ChannelPlan, channel_plan
+from fedsparse.sparse.blocks import BLOCKS_PER_LAYER, MAX_BLOCK_FRAC, structural_cut
+from fedsparse.sparse.choose import choose_blocks
+from fedsparse.sparse.cut import Bools, Cut
+from fedsparse.sparse.flat import FlatCut, flat_cut
+from fedsparse.sparse.knapsack import official_choice
 from fedsparse.task import Device, Split, Task
 
-_LARGEST = ("density_true", "density_nominal", "memory")  # reported as the maximum over batches
+MODES = ("structural", "paper", "official")
+LEAST = 0.1  # the paper's s_min: the share of each tensor that a flat cut always keeps
+GATE_SHARE = 0.1  # of the model: a heavier gate is worth a note
+_LARGEST = ("density_true", "density_nominal", "memory", "forward_macs_max")  # reported as the maximum over batches
 _GATE_BATCH = 512  # examples a pass when a client's mask is computed; fixed, since it may change bits
+_PACKET = 2048  # bytes of an update beside its values and its bitmap: headers, names and scalars
+_MOST_GROUPS = 64  # a layer, when groups are made smaller to meet a small budget
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What shapes the cut and the gate. Both halves and all clients of a run share it.
+
+    mode: one of MODES. blocks_per_layer: groups of a space, or chunks of a tensor. max_block_frac: largest share of the
+    model in one group (structural). least: share of each tensor in the first chunk (paper). keep_uncuttable: keep what
+    cannot be cut whole, instead of refusing it (structural).
+    """
+
+    mode: str = "structural"
+    blocks_per_layer: int = BLOCKS_PER_LAYER
+    max_block_frac: float = MAX_BLOCK_FRAC
+    least: float = LEAST
+    keep_uncuttable: bool = False
+    gate: GateOptions = field(default_factory=GateOptions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,82 +57,208 @@ class Gated:
     the dense model, to which densities are related. layers: the model's, as the cost model sees them.
     """
 
-    plan: ChannelPlan
+    layout: Layout
+    cut: Cut
     gate: Task
     gate_size: int
     gate_macs: int
     dense: int
     layers: tuple[Layer, ...]
 
-    def density(self, scalars: int) -> float:
-        """True density of ``scalars`` kept ones: the gate counts."""
-        return (scalars + self.gate_size) / self.dense
+    @property
+    def flat(self) -> bool:
+        """Whether blocks are chunks of tensors, which dense kernels compute in full."""
+        return isinstance(self.cut, FlatCut)
 
-    def limit(self, device: Device) -> int:
-        """Trainable scalars that a device may use beside its gate; all of them without a budget.
+    @property
+    def counted_gate(self) -> int:
+        """The gate's scalars as far as a density budget counts them: the paper's and the official budget do not."""
+        return 0 if self.flat else self.gate_size
 
-        Raises UserError, naming the client, for a budget below the smallest possible model.
+    @cached_property
+    def smallest(self) -> dict[str, int]:
+        """What the forced blocks alone cost."""
+        return {cost: self.cut.spent(self.cut.forced, cost) for cost in ("parameters", "multiply_adds", "bytes")}
+
+    def limits(self, device: Device, batch_size: int, copies: int, density: float | None = None) -> dict[str, int]:
+        """What a kept set may spend on a device, by cost; nothing for a device without a budget.
+
+        density: stands in for the budget's, while a schedule is on. batch_size, copies (tensors of optimiser state a
+        weight): for a memory budget, which is met for activations as large as the dense model's. Raises UserError,
+        naming the client, for a budget below the smallest possible model.
         """
-        budget = device.budget.density
-        if budget is None:
-            return self.plan.total
-        limit = math.floor(budget * self.dense) - self.gate_size
-        if limit < self.plan.smallest:
-            smallest = math.ceil(1e4 * self.density(self.plan.smallest)) / 1e4  # rounded up: a budget that works
-            raise UserError(
-                f"client {device.id}: budget {budget:g} is below the smallest possible model {smallest:g} "
-                "(group 0 of each layer, the classifier and the gate)"
-            )
-        return limit
+        budget, found = device.budget, dict[str, int]()
+        share = budget.density if density is None else density
+        if share is not None:
+            found["parameters"] = math.floor(share * self.dense) - self.counted_gate
+            self._check(device, "parameters", found, share, self.smallest["parameters"] / self.dense)
+        if budget.memory is not None:
+            activations = memory_bytes(self.layers, batch_size).activations
+            scalars = (budget.memory - activations) // (4 * (2 + copies)) - self.gate_size
+            found["parameters"] = min(scalars, found.get("parameters", scalars))
+            least = activations + 4 * (2 + copies) * (self.smallest["parameters"] + self.gate_size)
+            self._check(device, "parameters", found, budget.memory, least)
+        if budget.forward_macs is not None:
+            found["multiply_adds"] = math.floor(budget.forward_macs) - self.gate_macs
+            self._check(device, "multiply_adds", found, budget.forward_macs, self.smallest["multiply_adds"])
+        if budget.bytes_up is not None:
+            found["bytes"] = budget.bytes_up - _PACKET
+            self._check(device, "bytes", found, budget.bytes_up, self.smallest["bytes"] + _PACKET)
+        return found
 
-    def client_gates(self, gate: Mapping[str, Tensor], data: Split) -> tuple[Tensor, Tensor]:
-        """(M float32, G float64), (L,) each: the gate in evaluation mode, averaged over the examples of ``data``."""
-        scale = torch.zeros(self.plan.blocks, dtype=torch.float64)
+    def _check(self, device: Device, cost: str, found: Mapping[str, int], budget: float, least: float) -> None:
+        if found[cost] >= self.smallest[cost]:
+            return
+        extra = {"parameters": self.counted_gate / self.dense if budget <= 1 else 0, "multiply_adds": self.gate_macs}
+        least += extra.get(cost, 0)
+        shown = f"{math.ceil(1e4 * least) / 1e4:g}" if budget <= 1 else f"{math.ceil(least)}"
+        what = "the first chunk of each tensor" if self.flat else "group 0 of each layer, the classifier and the gate"
+        raise UserError(f"client {device.id}: budget {budget:g} is below the smallest possible model {shown} ({what})")
+
+    def choose(
+        self, importance: NDArray[np.float64], limits: Mapping[str, int], cost: str, solver: str, density: float | None
+    ) -> Bools:
+        """The kept set, (L,) bool, for importances (L,) G.
+
+        cost: what the knapsack counts ("auto": what the budget limits). density: the official code's s, None = 1.
+        """
+        if self.layout.mode == "official":
+            return self._official(importance, 1.0 if density is None else density)
+        if not limits:
+            return self.cut.everything
+        return choose_blocks(self.cut, importance, limits, knapsack_cost(cost, limits), solver)
+
+    def _official(self, importance: NDArray[np.float64], s: float) -> Bools:
+        cut = self.cut
+        assert isinstance(cut, FlatCut)
+        return official_choice(
+            importance, cut.weights("parameters"), cut.linear, ~cut.forced, s, official_floor(self.layout, s)
+        )
+
+    def mean_example(self, data: Split) -> Tensor:
+        """(1, ...): the mean of a client's inputs, as the gate reads them."""
+        gate = self.gate.model
+        assert isinstance(gate, Gate)
+        return gate.read(data.x).mean(0, keepdim=True)
+
+    def client_gates(self, gate: Mapping[str, Tensor], data: Split, *, per_client: bool) -> tuple[Tensor, Tensor]:
+        """(M float32, G float64), (L,) each: the gate in evaluation mode, averaged over the examples of ``data``.
+
+        per_client: the gate of the one mean example instead (the paper's ablation "client-wise").
+        """
+        scale = torch.zeros(self.cut.blocks, dtype=torch.float64)
         importance = torch.zeros_like(scale)
+        chunks = (self.mean_example(data),) if per_client else torch.split(data.x, _GATE_BATCH)
+        n = sum(len(x) for x in chunks)
         with torch.no_grad(), self.gate.bound(gate) as network:
             network.eval()
-            for x in torch.split(data.x, _GATE_BATCH):
+            for x in chunks:
                 m, g = network(x)
-                scale.add_(m.double(), alpha=len(x) / len(data))
-                importance.add_(g.double(), alpha=len(x) / len(data))
+                scale.add_(m.double(), alpha=len(x) / n)
+                importance.add_(g.double(), alpha=len(x) / n)
         return scale.float(), importance
 
 
-@lru_cache(maxsize=8)
-def gated_model(
-    task: Task,
-    blocks_per_layer: int = BLOCKS_PER_LAYER,
-    max_block_frac: float = MAX_BLOCK_FRAC,
-    branches: str = "separate",
-    gate_pool: int = 0,
-) -> Gated:
+def knapsack_cost(cost: str, limits: Mapping[str, int]) -> str:
+    """The cost that the knapsack counts: the one that was asked for, or the first that is limited."""
+    if cost == "auto":
+        return next(iter(limits))
+    if cost not in limits:
+        raise UserError(
+            f"cost = {cost!r} needs a budget of {cost} (budget.of or budget.table), there is {list(limits)}"
+        )
+    return cost
+
+
+def official_floor(layout: Layout, s: float) -> float:
+    """s_min of the official code: min(max(1 / B, 0.1), s)."""
+    return min(max(1 / layout.blocks_per_layer, 0.1), s)
+
+
+@lru_cache(maxsize=16)
+def gated_model(task: Task, layout: Layout) -> Gated:
     """The cut and the gate of a task's model; the same on every client and on the server.
 
-    Raises UserError for a model that cannot be cut or takes tokens.
+    Raises UserError for a model that cannot be cut.
     """
-    plan = channel_plan(task.model, blocks_per_layer=blocks_per_layer, max_block_frac=max_block_frac)
-    gate = Gate(task.input_shape, plan.blocks, branches, gate_pool, torch_rng(task.seed, "gate"))
-    template = Task(gate, task.input_shape, plan.blocks, task.seed)
+    cut: Cut
+    if layout.mode == "structural":
+        cut = structural_cut(
+            task.model,
+            task.input_shape,
+            tokens=task.tokens,
+            blocks_per_layer=layout.blocks_per_layer,
+            max_block_frac=layout.max_block_frac,
+            keep_uncuttable=layout.keep_uncuttable,
+        )
+    else:
+        cut = flat_cut(
+            task.model,
+            task.input_shape,
+            tokens=task.tokens,
+            rule=layout.mode,
+            blocks_per_tensor=layout.blocks_per_layer,
+            least=layout.least,
+        )
+    options = replace(layout.gate, vocabulary=task.vocabulary)
+    gate = Gate(task.input_shape, cut.blocks, torch_rng(task.seed, "gate"), options)
+    template = Task(gate, task.input_shape, cut.blocks, task.seed)
     dense = sum(p.numel() for p in task.reference.parameters())
-    return Gated(plan, template, gate.size, gate.macs, dense, trace(task.model, task.input_shape))
+    layers = trace(task.model, task.input_shape, tokens=task.tokens)
+    return Gated(layout, cut, template, gate.size, gate.macs, dense, layers)
+
+
+def fitted(task: Task, layout: Layout, fits: Callable[[Gated], None]) -> Layout:
+    """The layout with groups small enough for every budget: ``fits`` raises UserError where one is not met.
+
+    Smaller groups make the forced ones smaller, and the gate larger; if no number of groups helps the error of the
+    layout itself is raised.
+    """
+    try:
+        fits(gated_model(task, layout))
+        return layout
+    except UserError:
+        if layout.mode != "structural":
+            raise
+        for groups in _more_groups(layout.blocks_per_layer):
+            finer = replace(layout, blocks_per_layer=groups)
+            try:
+                fits(gated_model(task, finer))
+            except UserError:
+                continue
+            return finer
+        raise
+
+
+def _more_groups(start: int) -> Sequence[int]:
+    found = [start]
+    while found[-1] < _MOST_GROUPS:
+        found.append(min(_MOST_GROUPS, math.ceil(found[-1] * 1.25)))
+    return found[1:]
 
 
 @dataclass
 class Account:
     """What a client's batches cost and lost in a round; each kept set is costed once.
 
-    batch_size: the largest batch, for the memory. momentum: whether there is a buffer for it. gate: whether it is used.
+    batch_size: the largest batch, for the memory. copies: tensors of optimiser state a weight. gate: whether it is
+    used. held: scalars of the model that the client holds beside the part in use.
     """
 
     gated: Gated
     batch_size: int
-    momentum: bool
+    copies: int
     gate: bool
+    held: int
     steps: int = 0
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
+    used: NDArray[np.float64] = field(init=False)
     _known: dict[bytes, dict[str, float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.used = np.zeros(self.gated.cut.blocks)
 
     def add(self, kept: Bools, n: int, loss: float) -> None:
         """Count a batch of ``n`` examples that used the kept set, (L,) bool."""
@@ -112,6 +266,7 @@ class Account:
         if key not in self._known:
             self._known[key] = self._costs(kept)
         costs = self._known[key]
+        self.used += kept
         self.steps, self.samples = self.steps + 1, self.samples + n
         terms = {"loss": loss, "density": costs["density_true"], "flops": n * costs["flops"], "macs": n * costs["macs"]}
         self.sums = {name: self.sums.get(name, 0.0) + term for name, term in terms.items()}
@@ -132,22 +287,24 @@ class Account:
 
     def _costs(self, kept: Bools) -> dict[str, float]:
         """Of one kept set: densities, flops and multiply-adds per example, memory in bytes."""
-        gated, plan = self.gated, self.gated.plan
-        cut = plan.cut(kept)
-        size, macs = (gated.gate_size, gated.gate_macs) if self.gate else (0, 0)
+        gated, size = self.gated, self.gated.gate_size if self.gate else 0
+        gate_macs = gated.gate_macs if self.gate else 0
+        cut = None if gated.flat else gated.cut.densities(kept)  # dense kernels compute a flat cut in full
         memory = memory_bytes(
             gated.layers,
             self.batch_size,
             cut,
-            optimizer_copies=int(self.momentum),
+            optimizer_copies=self.copies,
             gate=size,
-            decision=0 if kept.all() else 4 * plan.total,  # the whole model, from which the next batch takes its blocks
+            decision=4 * self.held,
             structured=True,
         )
+        macs = forward_macs(gated.layers, cut) + gate_macs
         return {
-            "density_true": (plan.effective(kept) + size) / gated.dense,
-            "density_nominal": nominal_density(gated.layers, cut) or 1.0,
-            "flops": train_flops(gated.layers, 1, cut) + 3 * 2 * macs,  # the gate's norm needs input gradients
-            "macs": forward_macs(gated.layers, cut) + macs,
+            "density_true": (gated.cut.spent(kept) + size) / gated.dense,
+            "density_nominal": nominal_density(gated.layers, gated.cut.densities(kept)) or 1.0,
+            "flops": train_flops(gated.layers, 1, cut) + 3 * 2 * gate_macs,  # the gate's norm needs input gradients
+            "macs": macs,
+            "forward_macs_max": macs,
             "memory": memory.total,
         }

@@ -12,10 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from fedsparse.rows import POINTS, Onboarding
 from fedsparse.seeding import numpy_rng
+from fedsparse.task import Score
 
 Row = Mapping[str, Any]
-POINTS = ("local", "personal", "global")
+MASKS = ("distinct", "mean_overlap", "never_trained", "agreement")
+_GAP = 1  # epochs of onboarding after which novel clients are set against participants
 _LAST = 5  # evaluated rounds that a figure averages
 _DRAWS = 2000  # simulated federations behind the noise figure
 
@@ -34,16 +37,24 @@ class Facts:
     clients: int
     wall: float
     digest: str
+    budget_of: str
     dense_bytes: int
     dense_flops: float
     dense_memory: int
     notes: tuple[str, ...]
 
 
-def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[str, Any]:
+def summarise(
+    facts: Facts,
+    rounds: Sequence[Row],
+    rows: Sequence[Row],
+    novel: Onboarding | None = None,
+    masks: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The content of ``summary.json`` (the stable names of the documentation, and ``tiers``).
 
-    Totals include the exchanges before round 1; figures per client and round do not.
+    Totals include the exchanges before round 1; figures per client and round do not. novel: what came of the novel
+    clients, None where there are none. masks: what the method says of its masks.
     """
     named = {k: v for k, v in asdict(facts).items() if k not in ("wall", "dense_bytes", "dense_flops", "dense_memory")}
     named["rounds"] = sum(1 for r in rounds if r["round"])  # without the preparation
@@ -51,6 +62,8 @@ def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[
     tiers = sorted({row["tier"] for row in rows}, key=lambda t: math.inf if t is None else t, reverse=True)
     whole = _figures(rows)
     seconds = {key: sum(r["seconds"][key] for r in rounds) for key in ("train", "encode", "reduce", "evaluate", "idle")}
+    after = novel or Onboarding({}, 0, 0, 0.0)
+    seconds["evaluate"] += after.seconds
     return {
         **named,
         "accuracy": whole["accuracy"],
@@ -59,7 +72,7 @@ def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[
             **whole["bytes"],
             "up_total": sum(r["bytes"]["up"] for r in rounds),
             "down_total": sum(r["bytes"]["down"] for r in rounds),
-            "evaluation_total": sum(r["bytes"]["evaluation"] for r in rounds),
+            "evaluation_total": sum(r["bytes"]["evaluation"] for r in rounds) + after.bytes,
             "preparation_total": sum(r["bytes"]["up"] + r["bytes"]["down"] for r in before),
             "dense_per_client_round": facts.dense_bytes,
         },
@@ -69,14 +82,15 @@ def summarise(facts: Facts, rounds: Sequence[Row], rows: Sequence[Row]) -> dict[
             "total": sum(r["flops"] for r in rounds),
             "preparation_total": sum(r["flops"] for r in before),
         },
-        "memory": {"peak_model_bytes": _most(rows, "memory"), "dense_peak_model_bytes": facts.dense_memory},
+        "memory": {**whole["memory"], "dense_peak_model_bytes": facts.dense_memory},
         "seconds": {"wall": facts.wall, **seconds, "simulated": None},
         "failures": {
-            "clients": sum(r["failures"] for r in rounds),
+            "clients": sum(r["failures"] for r in rounds) + len(after.errors),
             "dropped": None,
             "over_budget": sum(row["over_budget"] for row in rows),
         },
-        "masks": {"distinct": None, "mean_overlap": None},
+        "masks": {**dict.fromkeys(MASKS), **(masks or {})},
+        "novel": _novel(novel, whole["accuracy"]["personal"]["mean"]) if novel else None,
         "tiers": [{"density_budget": tier, **_figures([row for row in rows if row["tier"] == tier])} for tier in tiers],
     }
 
@@ -100,8 +114,42 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
             "train_per_client_round": _mean(row["flops"] for row in trained),
             "inference_per_sample": None if macs is None else 2 * macs,
         },
+        "memory": {"peak_model_bytes": _most(rows, "memory")},
         "seconds": {"train_per_client_round": _mean(row["seconds"] for row in trained)},
     }
+
+
+def _novel(novel: Onboarding, participants: float | None) -> dict[str, Any]:
+    """Accuracy of the novel clients by epochs of onboarding, over clients and client by client.
+
+    gap: how far, after one epoch, they are behind the participants.
+    """
+    epochs = sorted({e for scores in novel.scores.values() for e in scores})
+    found = {e: [scores[e] for scores in novel.scores.values() if scores[e].n] for e in epochs}
+    figures = {
+        str(e): {
+            "mean": _mean(s.correct / s.n for s in found[e]),
+            "weighted": sum(s.correct for s in found[e]) / sum(s.n for s in found[e]) if found[e] else None,
+        }
+        for e in epochs
+    }
+    after = figures.get(str(_GAP), {}).get("mean")
+    return {
+        "clients": novel.clients,
+        "participants": participants,
+        "accuracy": figures,
+        "gap": None if after is None or participants is None else participants - after,
+        "bytes": novel.bytes,
+        "errors": [str(error) for error in novel.errors[:5]],
+        "scores": [
+            {"client": i, "n": max(s.n for s in scores.values()), **_shares(scores)}
+            for i, scores in novel.scores.items()
+        ],
+    }
+
+
+def _shares(scores: Mapping[int, Score]) -> dict[str, float | None]:
+    return {str(e): s.correct / s.n if s.n else None for e, s in scores.items()}
 
 
 def accuracy(rows: Sequence[Row], point: str) -> dict[str, float | None]:

@@ -102,20 +102,32 @@ def text_table(rows: Sequence[Row], width: int = WIDTH) -> str:
     return "\n".join([*lines[:2], "-" * len(lines[0]), *body, "", _CAPTION])
 
 
+def novel_line(summary: Mapping[str, Any]) -> str:
+    """What came of the novel clients, in one line; "" where there are none."""
+    novel = summary.get("novel")
+    if not novel:
+        return ""
+    epochs, means = novel["accuracy"].keys(), (share(figures["mean"]) for figures in novel["accuracy"].values())
+    return (
+        f"{novel['clients']} novel clients after {', '.join(epochs)} epochs: {', '.join(means)};"
+        f" participants {share(novel['participants'])}, gap {share(novel['gap'])}"
+    )
+
+
 def csv_table(rows: Sequence[Row]) -> str:
     """The rows as CSV, with full precision; unknown = empty, no budget = "none"."""
     out = io.StringIO()
     names = [name for name in (rows[0] if rows else {}) if name != "label"]
     writer = csv.DictWriter(out, names, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows([{**row, "budget_density": _budget(row)} for row in rows])
+    writer.writerows([{**row, "budget_density": budget_text(row)} for row in rows])
     return out.getvalue()
 
 
 _CAPTION = "bytes, training multiply-adds (MACs) and time: per client and round; true density: the highest\n"
 
 _COLUMNS: tuple[tuple[tuple[str, str], Callable[[Row], str]], ...] = (
-    (("", "budget"), lambda row: _budget(row)),
+    (("", "budget"), lambda row: budget_text(row)),
     (("", "clients"), lambda row: count(row["clients"])),
     (("personal", "accuracy"), lambda row: share(row["personal"])),
     (("bottom", "10 %"), lambda row: share(row["personal_bottom_decile"])),
@@ -146,6 +158,7 @@ def _figures(tier: Mapping[str, Any]) -> Row:
         "bytes_down_per_client_round": _at(tier, "bytes", "down_per_client_round"),
         "multiply_adds_train_per_client_round": _half(_at(tier, "flops", "train_per_client_round")),
         "multiply_adds_inference_per_sample": _half(_at(tier, "flops", "inference_per_sample")),
+        "memory_peak_model_bytes": _at(tier, "memory", "peak_model_bytes"),
         "seconds_train_per_client_round": _at(tier, "seconds", "train_per_client_round"),
     }
 
@@ -170,7 +183,8 @@ def _mean(tiers: Sequence[Mapping[str, Any]], *path: str) -> float | None:
     return float(sum(value * n for value, n in zip(values, clients, strict=True)) / sum(clients))
 
 
-def _budget(row: Row) -> str:
+def budget_text(row: Row) -> str:
+    """The budget of a row: its tier, "all" or "none"."""
     value = row["budget_density"]
     return "none" if value is None else value if isinstance(value, str) else f"{value:.4g}"
 

@@ -1,4 +1,4 @@
-"""Compact computation: the kept rows and columns of a cut model gathered into smaller dense layers, and back.
+"""Parts of tensors by whole channels or hidden units: where they lie, how they are taken and put back.
 
 The outputs of a kept group are scaled by its gate, which equals scaling its rows and biases (pFedGate, arXiv
 2305.02776, eq. 6, with the gates of a block tied), so no mask-sized tensor exists. Dropped rows and columns are in no
@@ -7,121 +7,114 @@ kernel, no gradient and no optimiser step: an untouched weight keeps its bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsparse.sparse.blocks import Bools, ChannelPlan, CutLayer
+from fedsparse.sparse.cut import Bools
 
 Params = dict[str, Tensor]
+_ALL = ((0, 0, -1),)  # the one stretch of a dimension that is not cut
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Entries along a dimension, as stretches: (first, end) of each in the whole, and where each begins in the part.
+
+    Groups are contiguous, so there are few; block by block a part is copied at the speed of memory, which indexing by
+    entry, along columns above all, is far from.
+    """
+
+    spans: tuple[tuple[int, int], ...]
+    starts: tuple[int, ...]
+    length: int
+
+    @property
+    def pairs(self) -> Iterator[tuple[int, int, int]]:
+        """(first in the whole, first in the part, length) of each."""
+        for (first, end), start in zip(self.spans, self.starts, strict=True):
+            yield first, start, end - first
+
+
+def runs_of(marks: Bools) -> Runs | None:
+    """The stretches of what is marked; None when all of it is."""
+    if marks.all():
+        return None
+    edges = np.flatnonzero(np.diff(marks, prepend=False, append=False)).tolist()
+    spans = tuple(zip(edges[::2], edges[1::2], strict=True))
+    ends = tuple(accumulate(end - first for first, end in spans))
+    return Runs(spans, (0, *ends[:-1]) if ends else (), ends[-1] if ends else 0)
 
 
 @dataclass(frozen=True, eq=False)
-class Region:
-    """Part of a tensor: index tensors along its first two dimensions; None = all of them."""
+class ChannelRegion:
+    """Part of a tensor along its first two dimensions; None = all entries of one."""
 
     name: str
-    rows: Tensor | None
-    cols: Tensor | None
+    rows: Runs | None
+    cols: Runs | None
 
     def take(self, tensor: Tensor) -> Tensor:
         """The part, as a copy; the tensor itself where the region is all of it."""
-        if self.rows is not None:
-            tensor = tensor.index_select(0, self.rows)
-        return tensor if self.cols is None else tensor.index_select(1, self.cols)
+        if self.rows is None and self.cols is None:
+            return tensor
+        part = tensor.new_empty(self.shape(tensor.shape))
+        for inside, outside in self._pieces(part, tensor):
+            inside.copy_(outside)
+        return part
 
     def put_(self, tensor: Tensor, part: Tensor) -> None:
         """Write the part back in place."""
         if self.rows is None and self.cols is None:
             if part.data_ptr() != tensor.data_ptr():
                 tensor.copy_(part)
-        elif self.cols is None or self.rows is None:
-            dim, index = (0, self.rows) if self.cols is None else (1, self.cols)
-            tensor.index_copy_(dim, index, part)  # type: ignore[arg-type]
-        else:
-            rows = tensor.index_select(0, self.rows)
-            tensor.index_copy_(0, self.rows, rows.index_copy_(1, self.cols, part))
+            return
+        for inside, outside in self._pieces(part, tensor):
+            outside.copy_(inside)
+
+    def _pieces(self, part: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The contiguous blocks of the part, each with its place in the whole."""
+        for a, b, n in _ALL if self.rows is None else self.rows.pairs:
+            inside, outside = (part, whole) if n < 0 else (part.narrow(0, b, n), whole.narrow(0, a, n))
+            for c, d, m in _ALL if self.cols is None else self.cols.pairs:
+                yield (inside, outside) if m < 0 else (inside.narrow(1, d, m), outside.narrow(1, c, m))
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
         """The part's shape, given that of the tensor."""
-        rows = whole[0] if self.rows is None else len(self.rows)
-        if len(whole) == 1:
-            return (rows,)
-        return (rows, whole[1] if self.cols is None else len(self.cols), *whole[2:])
+        shape = list(whole)
+        for dim, runs in enumerate((self.rows, self.cols)):
+            if runs is not None:
+                shape[dim] = runs.length
+        return tuple(shape)
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """A kept set of blocks as indices. ``gate_index``: (kept hidden units,) the block of each, layer after layer.
+    """A kept set of blocks as indices, one region a tensor. ``gate_index``: the block of each entry that is scaled.
 
-    ``gate_sizes``: how many of them belong to each hidden layer.
+    ``gate_sizes``: how many of them belong to each of the cut's scaled axes.
     """
 
     kept: Bools
-    regions: tuple[Region, ...]
+    regions: tuple[ChannelRegion, ...]
     gate_index: Tensor
     gate_sizes: tuple[int, ...]
 
 
-def select(plan: ChannelPlan, kept: Bools) -> Selection:
-    """The indices of a kept set, (L,) bool."""
-    groups = plan.groups_kept(kept)
-    before = np.ones(1, bool)
-    regions = [Region(name, None, None) for name in plan.uncut]
-    blocks: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
-    for layer, mine in zip(plan.layers, groups, strict=True):
-        regions += layer_regions(layer, mine, before)
-        before = mine
-        if layer.first_block >= 0:
-            members = layer.first_block + np.flatnonzero(mine)
-            blocks.append(np.repeat(members, np.array(layer.group_sizes)[mine]))
-    index = torch.from_numpy(np.concatenate(blocks))
-    return Selection(kept.copy(), tuple(regions), index, tuple(len(b) for b in blocks))
-
-
-def layer_regions(layer: CutLayer, groups: Bools, inputs: Bools) -> Iterator[Region]:
-    """The weight's and the vectors' part for some output groups and some groups of inputs."""
-    rows = units_of(groups, layer.group_sizes)
-    cols = units_of(inputs, np.diff(layer.in_bounds) * layer.span)
-    yield Region(layer.weight, rows, cols)
-    for name in layer.vectors:
-        yield Region(name, rows, None)
-
-
-def units_of(groups: Bools, sizes: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor | None:
-    """The indices of the groups' members; None when all groups are in."""
-    return None if groups.all() else torch.from_numpy(np.flatnonzero(np.repeat(groups, sizes)))
-
-
-def gather(params: Mapping[str, Tensor], selection: Selection) -> Params:
+def gather(params: Mapping[str, Tensor], regions: Iterable[ChannelRegion]) -> Params:
     """The compact tensors, in the order of ``params``. Tensors that are kept whole are the same objects, not copies."""
     compact = {name: t.detach() for name, t in params.items()}
-    for region in selection.regions:
+    for region in regions:
         if region.name in compact:
             compact[region.name] = region.take(compact[region.name])
     return compact
 
 
-def scatter_(params: Mapping[str, Tensor], selection: Selection, compact: Mapping[str, Tensor]) -> None:
+def scatter_(params: Mapping[str, Tensor], regions: Iterable[ChannelRegion], compact: Mapping[str, Tensor]) -> None:
     """Write compact tensors back into ``params`` in place; all else keeps its bits."""
-    for region in selection.regions:
+    for region in regions:
         if region.name in compact:
             region.put_(params[region.name], compact[region.name].detach())
-
-
-def gated_forward(model: nn.Module, plan: ChannelPlan, selection: Selection, gates: Tensor, x: Tensor) -> Tensor:
-    """Logits of the chain whose compact tensors are bound to ``model``: x (n, ...) -> (n, classes).
-
-    gates: (L,) one scalar a block; those of kept blocks multiply their group's outputs, after the norm that follows
-    the layer and before the activation. With all blocks kept and gates of 1 the bits are those of the plain model.
-    """
-    parts = torch.split(gates.index_select(0, selection.gate_index), list(selection.gate_sizes))
-    scale = {layer.norm or layer.name: part for layer, part in zip(plan.hidden, parts, strict=True)}
-    for name, module in model._modules.items():
-        x = module(x)  # type: ignore[misc]
-        if name in scale:
-            x = x * scale[name].view(-1, *[1] * (x.ndim - 2))
-    return x

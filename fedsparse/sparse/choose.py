@@ -1,46 +1,86 @@
-"""Which blocks a batch may use: pFedGate's knapsack (arXiv 2305.02776, eq. 6), then a fill by effective size."""
+"""Which blocks a batch may use: pFedGate's knapsack (arXiv 2305.02776, eq. 6), then a fill by real costs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+
 import numpy as np
-from numpy.typing import NDArray
 
-from fedsparse.sparse.blocks import Bools, ChannelPlan
-from fedsparse.sparse.knapsack import knapsack
+from fedsparse.sparse.cut import Bools, Cut, Floats, Ints
+from fedsparse.sparse.knapsack import solve
 
 
-def choose_blocks(plan: ChannelPlan, importance: NDArray[np.float64], limit: int) -> Bools:
-    """The kept set, (L,) bool, whose effective size is at most ``limit`` trainable scalars (the gate not among them).
+def choose_blocks(
+    cut: Cut, importance: Floats, limits: Mapping[str, int], cost: str = "parameters", solver: str = "exact"
+) -> Bools:
+    """The kept set, (L,) bool, that spends at most ``limits[c]`` of every cost c in ``limits``.
 
-    importance: (L,) G. Forced blocks are in. The knapsack counts whole rows; since a dropped neighbour's columns are
-    dead, room is left, which goes to the most important blocks that still fit. Raises ValueError when ``limit`` is
-    below ``plan.smallest``.
+    importance: (L,) G. cost: what the knapsack counts; ``limits`` must have it. Forced blocks are in. The knapsack
+    counts blocks with all of their inputs; since a dropped neighbour's columns are dead, room is left, which goes to
+    the most important blocks that still fit. Of what breaks another limit the least important goes first (of equals the
+    highest index). Raises ValueError when the forced blocks alone exceed a limit.
     """
-    if limit < plan.smallest:
-        raise ValueError(f"limit {limit} is below the smallest possible model, {plan.smallest}")
-    if limit >= plan.total:
-        return np.ones(plan.blocks, bool)
-    kept = plan.forced.copy()
+    if cost not in limits:
+        raise ValueError(f"the knapsack counts {cost}, of which there is no limit, only of {list(limits)}")
+    for name, limit in limits.items():
+        if limit < cut.spent(cut.forced, name):
+            raise ValueError(f"limit {limit} of {name} is below the smallest possible model")
+    if all(_most(cut, name) <= limit for name, limit in limits.items()):
+        return cut.everything
+    kept = cut.forced.copy()
     free = np.flatnonzero(~kept)
-    kept[free[knapsack(importance[free], plan.nominal[free], limit - plan.nominal_forced)]] = True
-    return _fill(plan, kept, importance, limit)
-
-
-def _fill(plan: ChannelPlan, kept: Bools, importance: NDArray[np.float64], limit: int) -> Bools:
-    """Add blocks by importance, ties by index, while the effective size fits.
-
-    Adding a block makes every other one larger, so a block that did not fit never will: one pass is enough.
-    """
-    layers, units, left = plan.layers, plan.units_kept(kept), limit - plan.effective(kept)
-    places = [(i, n) for i, layer in enumerate(plan.hidden) for n in layer.group_sizes]
-    dropped = np.flatnonzero(~kept)
-    for block in dropped[np.argsort(-importance[dropped], kind="stable")].tolist():
-        i, n = places[block]
-        inputs = units[i - 1] if i else layers[0].inputs
-        after = layers[i + 1]
-        cost = layers[i].count(n, inputs) + units[i + 1] * n * after.span * after.kernel
-        if cost <= left:
-            kept[block] = True
-            left -= cost
-            units[i] += n
+    sizes = cut.weights(cost)[free]
+    outside = _most(cut, cost) - int(sizes.sum())  # forced blocks and what belongs to no block
+    kept[free[solve(importance[free], sizes, limits[cost] - outside, solver)]] = True
+    _drop_(cut, kept, importance, limits)
+    _fill_(cut, kept, importance, limits)
     return kept
+
+
+def _fits(cut: Cut, kept: Bools, limits: Mapping[str, int]) -> bool:
+    return all(cut.spent(kept, cost) <= limit for cost, limit in limits.items())
+
+
+def _drop_(cut: Cut, kept: Bools, importance: Floats, limits: Mapping[str, int]) -> None:
+    """Take blocks out until all limits hold."""
+    if _fits(cut, kept, limits):
+        return
+    chosen = np.flatnonzero(kept & ~cut.forced)[::-1]
+    for block in chosen[np.argsort(importance[chosen], kind="stable")]:
+        kept[block] = False
+        if _fits(cut, kept, limits):
+            return
+
+
+def _fill_(cut: Cut, kept: Bools, importance: Floats, limits: Mapping[str, int]) -> None:
+    """Put blocks in by importance, ties by index, while all limits hold.
+
+    Adding a block makes no other one cheaper, so a block that did not fit never will: one pass is enough.
+    """
+    waiting = np.flatnonzero(~kept)
+    waiting = waiting[np.argsort(-importance[waiting], kind="stable")]
+    while len(waiting):
+        for cost, limit in limits.items():
+            waiting = waiting[_least(cut, cost)[waiting] <= limit - cut.spent(kept, cost)]
+        for i, block in enumerate(waiting):
+            kept[block] = True
+            if _fits(cut, kept, limits):
+                waiting = waiting[i + 1 :]
+                break
+            kept[block] = False
+        else:
+            return
+
+
+@lru_cache(maxsize=64)
+def _least(cut: Cut, cost: str) -> Ints:
+    """(L,) what each block adds to the forced ones: it never adds less, whatever else is kept."""
+    start = cut.spent(cut.forced, cost)
+    one = np.eye(cut.blocks, dtype=bool)
+    return np.array([cut.spent(cut.forced | own, cost) - start for own in one], np.int64)
+
+
+@lru_cache(maxsize=64)
+def _most(cut: Cut, cost: str) -> int:
+    return cut.spent(cut.everything, cost)

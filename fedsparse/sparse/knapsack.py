@@ -1,4 +1,4 @@
-"""The exact 0-1 knapsack that picks blocks by importance (pFedGate, arXiv 2305.02776, eq. 6).
+"""The 0-1 knapsack that picks blocks by importance (pFedGate, arXiv 2305.02776, eq. 6): exact, greedy, and official.
 
 Block sizes repeat, so within a size only the number of blocks taken matters: the best ones by value. Size classes
 are combined as lists of (size, value) from which dominated pairs, and pairs whose relaxed bound cannot reach a
@@ -13,10 +13,76 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsparse.errors import unknown
+
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+SOLVERS = ("exact", "greedy_value", "greedy_ratio")
 _SLACK = 1e-12  # relative; sums of the same values in another order differ by less
+
+
+def solve(values: Sequence[float] | Floats, sizes: Sequence[int] | Ints, capacity: int, solver: str = "exact") -> Bools:
+    """The set of blocks that one of SOLVERS finds; (L,) bool. Arguments, ties and errors as :func:`knapsack`.
+
+    "greedy_value": the best first; "greedy_ratio": the best by value per size. Both skip a block that does not fit and
+    go on.
+    """
+    if solver not in SOLVERS:
+        raise unknown("solver", solver, SOLVERS)
+    if solver == "exact":
+        return knapsack(values, sizes, capacity)
+    value, size = np.asarray(values, np.float64), np.asarray(sizes, np.int64)
+    _check(value, size)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        rank = value if solver == "greedy_value" else np.where(size > 0, value / size, np.inf)
+    order = np.argsort(-rank, kind="stable")
+    return _in_turn(order[value[order] >= 0], size, capacity)
+
+
+def _in_turn(order: Ints, size: Ints, capacity: int) -> Bools:
+    """Take blocks in this order, skipping what does not fit."""
+    taken, left = np.zeros(len(size), bool), capacity
+    for block, s in zip(order.tolist(), size[order].tolist(), strict=True):
+        if s <= left:
+            taken[block] = True
+            left -= s
+    return taken
+
+
+def official_choice(
+    importance: Floats, sizes: Ints, linear: Bools, candidates: Bools, sparsity: float, floor: float
+) -> Bools:
+    """What the released code keeps (yxdyc/pFedGate at b8cfa15): (L,) bool; all of it for a sparsity of 1.
+
+    importance: (L,) G, clipped from below at ``floor`` (its s_min) and rounded to tenths. Blocks that are no
+    ``candidates`` are kept beside the budget. Those of linear layers and the others have a budget each, round(their
+    size x (sparsity - floor)), which is filled by importance. Ties go to the lower index (there: to NumPy's sort).
+    """
+    if sparsity == 1:
+        return np.ones(len(sizes), bool)
+    score = np.round(10 * np.maximum(importance, floor)).astype(np.int64)
+    kept = ~candidates
+    for group in (linear, ~linear):
+        members = np.flatnonzero(candidates & group)
+        capacity = round(float(sizes[members].sum()) * (sparsity - floor))
+        order = members[np.argsort(-score[members], kind="stable")]
+        kept |= _in_turn(order, sizes, capacity)
+    return kept
+
+
+def no_choice(sizes: Sequence[int] | Ints, capacity: int) -> int | None:
+    """None where a budget leaves a real choice; else the largest size of blocks that would.
+
+    There is none where more than half of what is free, by size, lies in blocks of which not even one fits: then the
+    budget decides what is kept, not the importances (so do the official cut's chunks of the largest layers at 0.3).
+    sizes: (L,) of the free blocks. capacity: what is left for them.
+    """
+    size = np.asarray(sizes, np.int64)
+    total = int(size.sum())
+    if total <= capacity or 2 * int(size[size <= capacity].sum()) >= total:
+        return None
+    return max(1, capacity)
 
 
 def knapsack(values: Sequence[float] | Floats, sizes: Sequence[int] | Ints, capacity: int) -> Bools:

@@ -87,13 +87,13 @@ def read_program(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or parametrize.is_parametrized(module):
             raise UnsupportedError(f"layer {name or 'the model itself'} has hooks or parametrizations")
-    graph, in_evaluation = (_traced(model, train=train) for train in (True, False))
+    graph, in_evaluation = (traced(model, train=train) for train in (True, False))
     if str(graph) != str(in_evaluation):
         raise UnsupportedError("it computes something else in training than in evaluation")
     return _Reader(model, input_shape).read(graph)
 
 
-def _traced(model: nn.Module, *, train: bool) -> fx.Graph:
+def traced(model: nn.Module, *, train: bool) -> fx.Graph:
     """The graph in a mode; every module keeps the mode it has."""
     modes = [(module, module.training) for module in model.modules()]
     try:
