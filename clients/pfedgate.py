@@ -177,7 +177,7 @@ class PFedGateClient(GatedClient):
         """The deployed model's score on ``data``; see ``inference``."""
         work = self._work(scene, train=False)
         scene.task.model.eval()
-        if self.open_gate or self._inference == "client":
+        if self.open_gate or self.inference_mode == "client":
             kept, gates = self._client_wide(scene)
             work.use(kept)
             return score(lambda x: self._logits(work.forward(gates, x)), data)
@@ -185,19 +185,13 @@ class PFedGateClient(GatedClient):
 
         def predict(x: Tensor) -> Tensor:
             parts = []
-            for chunk in torch.split(x, self.batch_size if self._inference == "batch" else 1):
+            for chunk in torch.split(x, self.batch_size if self.inference_mode == "batch" else 1):
                 kept, gates = choice.evaluated(gate, chunk)
                 work.use(kept)
                 parts.append(work.forward(gates, chunk))
             return self._logits(torch.cat(parts))
 
         return score(predict, data)
-
-    @property
-    def _inference(self) -> str:
-        if self.inference != "auto":
-            return self.inference
-        return "batch" if self.mode == "official" else "client"
 
     def _client_wide(self, scene: _Scene) -> tuple[Bools, Tensor]:
         cut, choice = scene.gated.cut, self._choice(scene)
@@ -268,7 +262,7 @@ class PFedGateClient(GatedClient):
         return kept
 
     def _gate_memory(self, gate: _Gate) -> Memory:
-        smoothed = {"mask/scores": gate.scores} if self.score_smoothing and gate.scores is not None else {}
+        smoothed = {"mask/scores": gate.scores} if self.smoothing and gate.scores is not None else {}
         return {**gate.memory(), **smoothed}
 
     def _next_mask(self, scene: _Scene, choice: Choice, gate: _Gate) -> Memory:
@@ -278,7 +272,7 @@ class PFedGateClient(GatedClient):
         if kept is None or self.mask_scope == "round" or rounds <= self.settle:
             tensors = {name: t.detach() for name, t in gate.tensors.items()}
             free = replace(choice, fixed=None)
-            scores = gate.scores if self.score_smoothing else None
+            scores = gate.scores if self.smoothing else None
             kept, _ = free.client_wide(tensors, scene.client.train, scores, per_client=self.gate_input == "client")
         return {"mask/next": pack_bits(kept), "mask/rounds": torch.tensor(float(rounds))}
 

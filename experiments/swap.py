@@ -118,6 +118,8 @@ def measure(dataset: str, seed: int, budget: float, settings: Sequence[str]) -> 
         start = time.perf_counter()
         changes = ["method=pfedgate", f"seed={seed}", f"budget.tiers=[{budget}]", f"method.score={name}", *settings]
         experiment = load_experiment(HERE / f"{dataset}.toml", changes)
+        if name == "random_batch" and experiment.hyper.get("mask_scope", "batch") != "batch":
+            continue  # one mask a round has no batches to draw for
         with tempfile.TemporaryDirectory() as folder:
             done = run(experiment, out=Path(folder) / "run")
         entry: dict[str, Any] = {

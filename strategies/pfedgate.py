@@ -261,8 +261,9 @@ class PFedGate(FederatedStrategy):
         self, task: Task, state: State, clients: Sequence[Client], memories: Mapping[int, Mapping[str, Tensor]]
     ) -> Mapping[str, Any]:
         """Of the clients' deployed masks: how many differ, their mean overlap (Jaccard, over the blocks that are not
-        forced, of all pairs), the share of parts that no client has trained, and how often a training batch's mask
-        agrees with the client's deployed one on a block that is not forced."""
+        forced, of all pairs), the share of blocks that no client has trained, and how often a training batch's mask
+        agrees with the client's deployed one on a block that is not forced. Beside them the gate's share of the model
+        and the mode of inference."""
         state, half, cut = _gate(state), self._half, self.gated.cut
         free = ~cut.forced
         if half.open_gate or not free.any():
@@ -280,8 +281,10 @@ class PFedGate(FederatedStrategy):
         return {
             "distinct": len({m.tobytes() for m in masks}),
             "mean_overlap": _overlap(np.array(masks)),
-            "never_trained": 1 - float(state.trained.double().mean()),
+            "never_trained": 1 - float(cut.blocks_of(state.trained.numpy()).mean()),
             "agreement": sum(agreements) / len(agreements),
+            "gate_share": self.gated.gate_size / self.gated.dense,
+            "inference": half.inference_mode,
         }
 
 

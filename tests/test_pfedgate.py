@@ -154,7 +154,7 @@ def test_the_gate_learns_and_is_remembered() -> None:
         {"gate_bound": "none"},
         {"gate_input": "client"},
         {"score_noise": 0.3},
-        {"score_smoothing": 0.9},
+        {"score_smoothing": 0.5},
         {"score": "random_client"},
         {"score": "random_batch"},
         {"solver": "greedy_value"},
@@ -179,14 +179,14 @@ def test_every_option_trains_and_repeats(options: dict[str, object]) -> None:
     scores = half_of(**options).evaluate(task, client, Packet("evaluate", task.init_params()), memory)
     assert scores["personal"].n == len(client.test)
     plain, _ = train(task, client)
-    if options.get("inference") is None:
+    if options.keys() & {"inference", "solver"} == set():  # blocks of equal size: one answer for all solvers
         assert not same(first, plain)
 
 
 def test_smoothed_importances_are_a_running_mean_and_hold_the_mask_still() -> None:
     task = make_task("cnn")
     client = make_client(task, 1, 0.5, n=160)
-    _, plain = train(task, client, gate_lr=0.0)
+    _, plain = train(task, client, gate_lr=0.0, score_smoothing=0.0)
     _, smooth = train(task, client, gate_lr=0.0, score_smoothing=0.9)
     mixed = [int(((m["mask/used"] > 0) & (m["mask/used"] < 1)).sum()) for m in (plain, smooth)]
     assert mixed[1] < mixed[0]  # blocks that some batches used and others did not
@@ -202,7 +202,7 @@ def test_smoothed_importances_are_a_running_mean_and_hold_the_mask_still() -> No
     scene = half._scene(task, client, Packet("evaluate", task.init_params()), smooth)
     kept, _ = half._client_wide(scene)
     assert np.array_equal(kept, half._choice(scene).kept(want.numpy()))
-    with pytest.raises(UserError, match=r"score_smoothing must be in \[0, 1\), got 1.0"):
+    with pytest.raises(UserError, match=r"score_smoothing must be in \[0, 1\), or -1 for auto, got 1.0"):
         half_of(score_smoothing=1.0)
 
 
@@ -701,8 +701,8 @@ def test_misfit_replies_are_named() -> None:
 def test_a_novel_client_trains_its_gate_alone() -> None:
     task = make_task()
     clients = [make_client(task, i, 0.6) for i in range(3)]
-    server, state, _, _ = play(task, clients, 3)
-    novel, half = make_client(task, 9, 0.6, n=80), half_of(gate_lr=0.5)
+    server, state, _, _ = play(task, clients, 3, epochs=3)
+    novel, half = make_client(task, 9, 0.6, n=80), half_of()
     packet = replace(server.broadcast(state, novel.device), kind="onboard")
     before = {n: t.clone() for n, t in packet.tensors.items()}
     scores = half.onboard(task, novel, packet, {}, torch_rng(0), (0, 1, 10))
@@ -726,7 +726,8 @@ def test_diagnostics_count_masks_overlap_and_what_was_never_trained() -> None:
     assert found["distinct"] == len({m.tobytes() for m in masks}) > 1
     assert found["mean_overlap"] == pytest.approx(overlap)
     touched = [unpack_bits(r.tensors["touched"], server.gated.cut.parts) for r in replies]
-    assert found["never_trained"] == pytest.approx(1 - np.any(touched, axis=0).mean())
+    assert found["never_trained"] == pytest.approx(1 - np.any(touched, axis=0)[: server.gated.cut.blocks].mean())
+    assert found["inference"] == "client"
     assert found["agreement"] == 1.0  # random importances that stay: the mask of training is the mask of deployment
     fresh = server.diagnose(task, state, clients, {i: {} for i in range(4)})
     assert fresh == {}
