@@ -102,7 +102,7 @@ class PFedGateClient(GatedClient):
         reply = Packet("update", tensors, {"weight": len(client.train), **account.facts()})
         if packet.scalars.get("validate") and len(client.validation):
             own = self._personal(self._scene(task, client, self.local(packet, reply), kept), client.validation)
-            reply = replace(reply, scalars={**reply.scalars, "validation.n": own.n, "validation.correct": own.correct})
+            reply = replace(reply, scalars={**reply.scalars, "validation_seen": own.n, "validation_right": own.correct})
         return reply, kept
 
     def _fit(
@@ -165,7 +165,10 @@ class PFedGateClient(GatedClient):
                 account = Account(scene.gated, self.batch_size, self.copies, gate=True, held=0)
                 shuffle = torch.Generator().set_state(rng.get_state())
                 self._fit(scene, self._choice(scene), work, gate, account, shuffle, e, frozen=True)
-                scene = self._scene(task, client, packet, {**memory, **self._gate_memory(gate)})
+                after = {**memory, **self._gate_memory(gate)}
+                if self.mask_scope != "batch" and not scene.kept_only:  # else it has no other blocks to choose from
+                    after |= self._next_mask(scene, self._choice(scene), gate)
+                scene = self._scene(task, client, packet, after)
             scores[e] = self._personal(scene, client.held_out)
         return scores
 
@@ -241,10 +244,12 @@ class PFedGateClient(GatedClient):
             work.velocity = [t.clone() for t in _part(scene.memory, "velocity/").values()]
         return work
 
-    def _held(self, gated: Gated) -> int:
-        """Scalars of whole models that the client holds beside the part in use."""
-        if self.open_gate or self.download == "kept":
+    def _held(self, gated: Gated) -> int | None:
+        """Scalars of whole models that the client holds beside the part in use; None = its kept set, as it came."""
+        if self.open_gate:
             return 0
+        if self.download == "kept":
+            return None
         return gated.cut.spent(gated.cut.everything) * (2 if self.download == "changed" else 1)
 
     def _remembered(self, scene: _Scene, choice: Choice, work: Working, gate: _Gate, account: Account) -> Memory:

@@ -41,15 +41,15 @@ CONTROLS = (
 )
 
 
-def one_run(dataset: str, settings: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run once, in a folder that goes away: the summary and the rows of the clients."""
+def one_run(name: str, settings: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Run the file ``name`` once, in a folder that goes away: the summary and the rows of the clients."""
     with tempfile.TemporaryDirectory() as folder:
-        done = run(load_experiment(HERE / f"{dataset}_personal.toml", settings), out=Path(folder) / "run")
+        done = run(load_experiment(HERE / f"{name}.toml", settings), out=Path(folder) / "run")
         return done.summary, done.clients
 
 
-def command(dataset: str, settings: Sequence[str]) -> str:
-    return " ".join(["fedsparse run", f"experiments/{dataset}_personal.toml", *(f"--set {s}" for s in settings)])
+def command(name: str, settings: Sequence[str]) -> str:
+    return " ".join(["fedsparse run", f"experiments/{name}.toml", *(f"--set {s}" for s in settings)])
 
 
 # --- tuning ----------------------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ def tune(dataset: str, methods: Sequence[str] = METHODS) -> None:
             settings = [f"method={method}", "evaluate.split=validation", *(f"method.{k}={v}" for k, v in trial.items())]
             start = time.perf_counter()
             try:
-                value = one_run(dataset, settings)[0]["accuracy"]["personal"]["mean"]
+                value = one_run(f"{dataset}_personal", settings)[0]["accuracy"]["personal"]["mean"]
             except fedsparse.ClientError as error:
                 if "training loss is" not in str(error) and "not finite" not in str(error):
                     raise
@@ -118,7 +118,7 @@ def final(dataset: str) -> None:
 
 def entry(dataset: str, method: str, seed: int, settings: Sequence[str], **extra: Any) -> dict[str, Any]:
     start = time.perf_counter()
-    summary, rows = one_run(dataset, settings)
+    summary, rows = one_run(f"{dataset}_personal", settings)
     groups = {t["density_budget"]: [r for r in rows if r["tier"] == t["density_budget"]] for t in summary["tiers"]}
     whole = figures(summary, rows)
     print(
@@ -127,7 +127,7 @@ def entry(dataset: str, method: str, seed: int, settings: Sequence[str], **extra
     return {
         "method": method,
         "seed": seed,
-        "command": command(dataset, settings),
+        "command": command(f"{dataset}_personal", settings),
         "digest": summary["digest"],
         **extra,
         "rounds": summary["rounds"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -152,14 +153,14 @@ def training_facts(client: Client, fit: Fit) -> dict[str, Scalar]:
 def check_positive(**values: float) -> None:
     """Raise UserError for the first hyper-parameter that is not above 0."""
     for name, value in values.items():
-        if not value > 0:
+        if not 0 < value < math.inf:
             raise UserError(f"{name} must be above 0, got {value}")
 
 
 def check_not_negative(**values: float) -> None:
     """Raise UserError for the first hyper-parameter below 0."""
     for name, value in values.items():
-        if not value >= 0:
+        if not 0 <= value < math.inf:
             raise UserError(f"{name} must be at least 0, got {value}")
 
 

@@ -172,7 +172,8 @@ class GatedClient(SgdClient):
     (fixed after ``settle`` of its rounds). download: all of the model, what "changed" since the client's copy, or what
     the client has "kept". inference: one mask a "client" (auto), a "batch" (auto in mode official) or a "sample".
     score: "learned" importances, or random ones as a control; score_smoothing: how much of a block's importance comes
-    from the batches before, in [0, 1); -1 = 0.9 in mode structural, else 0; score_noise: standard deviation of what is added to it in training.
+    from the batches before, in [0, 1); -1 = 0.9 in mode structural, else 0; score_noise: standard deviation of what is
+    added to it in training.
     relu_logits: the official code's ReLU on the logits. open_gate: keep every block at gate value 1, no gate: FedAvg.
     """
 
@@ -226,6 +227,14 @@ class GatedClient(SgdClient):
         official, fixed = self.mode == "official", self.mask_scope != "batch"
         if official and self.blocks_per_layer == 1:
             raise UserError('mode = "official" with blocks_per_layer = 1 masks every block; use at least 2')
+        if self.mode == "paper" and self.blocks_per_layer == 1:
+            raise UserError('mode = "paper" with blocks_per_layer = 1 keeps every block; use at least 2')
+        if official and self.solver != "exact":
+            raise UserError(f'mode = "official" has a choice of its own; leave out solver = {self.solver!r}')
+        if self.share_pre_norm and self.layout.gate.branches == "shared":
+            raise UserError('share_pre_norm needs branches = "separate"')
+        if self.open_gate and self.download == "kept":
+            raise UserError('open_gate keeps every block; download = "kept" needs a gate')
         if self.relu_logits and not official:
             raise UserError('relu_logits is the official code\'s; it needs mode = "official"')
         if official and fixed:

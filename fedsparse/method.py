@@ -21,6 +21,7 @@ from fedsparse.errors import UserError, unknown
 from fedsparse.strategy import FederatedStrategy
 
 _GIVEN = ("client_spec", "client_config", "server_data")  # fields of a strategy that are no hyper-parameters
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _APPS = ("server_app", "client_app")  # files for `flwr run`, not methods
 
 
@@ -85,7 +86,7 @@ def _like(value: Any, default: Any) -> Any:
 def _check_kind(method: str, name: str, value: Any, default: Any) -> None:
     kinds = (int, float) if isinstance(default, float) else (type(default),)
     if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
-        raise UserError(f"{method}.{name} must be a {type(default).__name__}, got {value!r}")
+        raise UserError(f"{method}.{name} must be {_KINDS[type(default)]}, got {value!r}")
 
 
 def _defaults(cls: type[Any]) -> dict[str, Any]:

@@ -95,6 +95,7 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     devices = [client.device for client in federation.clients]
     strategy.server_data = federation.server
     state = strategy.init(federation.task, devices)  # what cannot be met is refused before anything is written
+    strategy.foresee(federation.task, devices, _plan(experiment, federation.novel))
     strategy.scheduled(federation.task, state, experiment.rounds)
     federation = _noted(federation, strategy.notes(federation.task, devices))
     directory = _new_directory(experiment, method.name, out)

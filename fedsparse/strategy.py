@@ -137,6 +137,9 @@ class FederatedStrategy(Strategy):
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         """The state before round 1. Raises UserError for budgets that the method cannot meet."""
 
+    def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
+        """Called after ``init``: refuse, with a UserError, what is known to break the plan, such as a budget."""
+
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         """The initial state once the number of rounds is known. Raises UserError for a schedule that does not fit."""
         return state
@@ -163,7 +166,7 @@ class FederatedStrategy(Strategy):
         """What a simulation can say about the masks once the run is over: entries of ``masks`` in ``summary.json``.
 
         Its names are ``distinct`` (masks), ``mean_overlap`` (of two clients' masks), ``never_trained`` (share of the
-        model) and ``agreement`` (of training and evaluation masks); others may be added. state: the final one;
+        blocks) and ``agreement`` (of training and evaluation masks); others may be added. state: the final one;
         clients: those that took part in training; memories: by client id, of those that have one.
         """
         return {}
@@ -256,6 +259,7 @@ class FederatedStrategy(Strategy):
             raise UserError(f"all {len(nodes)} clients are novel: none is left to train")
         known = {i: given.get(i, Device(i)) for i in sorted(nodes)}
         state = self.init(task, list(known.values()))
+        self.foresee(task, list(known.values()), plan)
         if initial is not None and len(initial):
             state = replace(state, params=_unflatten(initial, state.params))
         state = self.scheduled(task, state, rounds)

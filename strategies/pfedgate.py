@@ -23,22 +23,24 @@ from fedsparse.gating import GatedClient
 from fedsparse.method import load_client
 from fedsparse.models.gated import GATE_SHARE, Gated, Layout, fitted, gated_model
 from fedsparse.packet import Packet, Scalar
+from fedsparse.seeding import numpy_rng
 from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
 from fedsparse.sparse.cut import Bools
-from fedsparse.sparse.knapsack import no_choice
 from fedsparse.sparse.mean import MaskedMean
-from fedsparse.strategy import FederatedStrategy, Reply, State
+from fedsparse.strategy import FederatedStrategy, Plan, Reply, State
 from fedsparse.task import Client, Device, Task
 
 SCHEDULES = ("constant", "linear", "cubic", "plateau")
+_DRAWS = 24  # random importances that tell whether a budget leaves a choice
+_NOTED = 8  # different budgets of which this is found out
 
 
 @dataclass(frozen=True)
 class GateState(State):
     """The global model and what the server knows of its clients.
 
-    groups, least: the cut (see ``Layout``). above: how far above their budgets clients are, from 1 (every block) to 0
-    (their budget). changed: (parts,) the round in which each part last changed. trained: (parts,) whether any client
+    groups, least: the cut (see ``Layout``). above: how far above their budgets clients are, from 1 (a density of 1) to
+    0 (their budget). changed: (parts,) the round in which each part last changed. trained: (parts,) whether any client
     has trained it. copies: by device, the round after which its copy was made. next: by device, the packed kept set of
     its next round. best, waited: of the plateau schedule.
     """
@@ -98,6 +100,8 @@ class PFedGate(FederatedStrategy):
 
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         half = self._half
+        if self.schedule != "constant" and all(d.budget.density is None for d in devices):
+            raise UserError(f"schedule = {self.schedule!r} needs budgets of density (budget.tiers or budget.table)")
         layout = half.layout
         if half.mode == "paper":  # the first chunks must leave a choice under the smallest budget
             smallest = min((d.budget.density or 1.0 for d in devices), default=1.0)
@@ -118,13 +122,20 @@ class PFedGate(FederatedStrategy):
         """Refuse what cannot be met, with the reason."""
         if half.open_gate:
             return
-        if gated.gate_size > gated.dense:
+        model = gated.cut.spent(gated.cut.everything)
+        if gated.gate_size > model:
             raise UserError(
-                f"the gate has {gated.gate_size} parameters, more than the model ({gated.dense}); set method.gate_pool,"
-                ' method.branches = "shared" or larger blocks'
+                f"the gate has {gated.gate_size} parameters, more than the model ({model}); it has one output a block"
+                f" ({gated.cut.blocks}): set larger blocks (method.max_block_frac, method.blocks_per_layer),"
+                ' method.gate_pool or method.branches = "shared"'
             )
+        limited = [half.choice(gated, d, d.budget.density).limits for d in devices]
+        if half.cost != "auto" and not any(half.cost in limits for limits in limited):
+            raise UserError(f"cost = {half.cost!r} needs devices with a budget of it (budget.of, budget.table)")
         for device in devices:
             budget = device.budget
+            if budget.memory is not None and half.mode != "structural":
+                raise UserError(f'client {device.id} has a memory budget, which needs mode = "structural"')
             if budget.memory is not None and (half.mask_scope == "batch" or half.download != "kept"):
                 raise UserError(
                     f"client {device.id} has a memory budget: with mask_scope = {half.mask_scope!r} and download ="
@@ -138,26 +149,60 @@ class PFedGate(FederatedStrategy):
                 )
             half.choice(gated, device, budget.density).first()
 
+    def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
+        """Refuse what would break a budget in every round, unless violations are only to be recorded."""
+        if plan.on_over_budget != "stop":
+            return
+        half, gated, record = self._half, self.gated, 'set budget.on_over_budget = "record" to run it all the same'
+        for device in devices:
+            budget = device.budget
+            if budget.forward_macs is not None and gated.flat:
+                raise UserError(
+                    f"client {device.id} has a budget of multiply-adds, but mode = {half.mode!r} computes dense layers,"
+                    f" gates and all; {record}"
+                )
+            if budget.density is None or (budget.density == 1 and not gated.flat):
+                continue
+            if half.open_gate or self.schedule != "constant":
+                what = "open_gate keeps every block" if half.open_gate else f"schedule = {self.schedule!r} starts above"
+                raise UserError(f"{what}, and client {device.id} has budget {budget.density:g}; {record}")
+            spent = gated.cut.spent(half.choice(gated, device, budget.density).first()) + gated.gate_size
+            if gated.flat and spent > budget.density * gated.dense * (1 + 1e-9):
+                raise UserError(
+                    f"client {device.id}: mode = {half.mode!r} needs density {spent / gated.dense:.4g}, gate included,"
+                    f" above its budget {budget.density:g}; {record}"
+                )
+
     def notes(self, task: Task, devices: Sequence[Device]) -> tuple[str, ...]:
         """A gate that is not light, and budgets that leave no choice."""
         half, gated, found = self._half, self.gated, []
+        if half.open_gate:
+            return ()
         share = gated.gate_size / gated.dense
-        if share > GATE_SHARE and not half.open_gate:
+        if share > GATE_SHARE:
             found.append(f"the gate has {share:.0%} of the model's parameters; method.gate_pool makes it smaller")
-        if half.mode == "official" or half.open_gate:
-            return tuple(found)
-        for device in {d.budget: d for d in devices}.values():
-            limits = half.choice(gated, device, device.budget.density).limits
-            weights = gated.cut.weights("parameters")[~gated.cut.forced]
-            if "parameters" in limits:
-                spare = limits["parameters"] - gated.smallest["parameters"]
-                if (fits := no_choice(weights, spare)) is not None:
-                    found.append(
-                        f"budget {device.budget.density:g} leaves no choice of blocks: the smallest free one has"
-                        f" {weights.min()} parameters, {spare} are left; blocks of {fits} would do"
-                        " (method.max_block_frac, method.blocks_per_layer)"
-                    )
+        kinds = {d.budget: d for d in devices}.values()
+        found += [note for device in list(kinds)[:_NOTED] if (note := self._no_choice(half, gated, device))]
         return tuple(found)
+
+    def _no_choice(self, half: GatedClient, gated: Gated, device: Device) -> str:
+        """What to say of a budget under which random importances all keep the same blocks, or ""."""
+        choice, budget = half.choice(gated, device, device.budget.density), device.budget
+        free = ~gated.cut.forced
+        if (not choice.limits and half.mode != "official") or not free.any():
+            return ""
+        rng = numpy_rng(gated.gate.seed, "choice")
+        kept = [choice.kept(rng.random(gated.cut.blocks)) for _ in range(_DRAWS)]
+        if len({k.tobytes() for k in kept}) > 1 or kept[0].all():
+            return ""
+        named = {"density": budget.density, "multiply-adds": budget.forward_macs, "memory": budget.memory}
+        what = ", ".join(f"{v:g} of {k}" for k, v in {**named, "upload": budget.bytes_up}.items() if v is not None)
+        sizes = gated.cut.weights("parameters")[free & ~kept[0]]
+        return (
+            f"a budget ({what}) leaves no choice: random importances all keep the same blocks; the smallest one that is"
+            f" dropped has {sizes.min()} parameters, smaller ones would do (method.blocks_per_layer,"
+            " method.max_block_frac)"
+        )
 
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         return replace(_gate(state), rounds=rounds)
@@ -218,8 +263,8 @@ class PFedGate(FederatedStrategy):
                 copies[reply.device.id] = state.round
             if "next" in tensors:
                 following[reply.device.id] = tensors["next"].clone()
-            right += float(scalars.get("validation.correct", 0))
-            seen += float(scalars.get("validation.n", 0))
+            right += float(scalars.get("validation_right", 0))
+            seen += float(scalars.get("validation_seen", 0))
         sent = torch.from_numpy(touched)
         now = replace(
             state,
@@ -282,7 +327,7 @@ class PFedGate(FederatedStrategy):
             "distinct": len({m.tobytes() for m in masks}),
             "mean_overlap": _overlap(np.array(masks)),
             "never_trained": 1 - float(cut.blocks_of(state.trained.numpy()).mean()),
-            "agreement": sum(agreements) / len(agreements),
+            "agreement": sum(agreements) / len(agreements) if half.inference_mode == "client" else None,
             "gate_share": self.gated.gate_size / self.gated.dense,
             "inference": half.inference_mode,
         }
@@ -295,13 +340,16 @@ def _gate(state: State) -> GateState:
 
 
 def _plateau(state: GateState, accuracy: float | None, patience: int) -> GateState:
-    """A quarter of the way down after ``patience`` rounds without a better validation accuracy."""
-    if accuracy is None:
-        raise UserError('schedule = "plateau" needs clients with validation data')
-    if accuracy > state.best:
+    """A quarter of the way down after ``patience`` rounds without a better validation accuracy.
+
+    accuracy: of the round's clients, None where none of them has validation data.
+    """
+    if accuracy is not None and accuracy > state.best:
         return replace(state, best=accuracy, waited=0)
     if state.waited + 1 < patience:
         return replace(state, waited=state.waited + 1)
+    if state.best < 0:
+        raise UserError(f'schedule = "plateau" needs validation data; no client of {patience} rounds had any')
     return replace(state, above=max(0.0, state.above - 0.25), waited=0)
 
 

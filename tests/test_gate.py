@@ -168,12 +168,13 @@ def test_running_statistics_start_at_0_and_keep_nine_tenths(shape: tuple[int, ..
     assert torch.equal(norm.running_mean, before[0]) and torch.equal(norm.running_var, before[1])
 
 
-def test_a_constant_input_far_from_0_stays_finite() -> None:
-    """Second moments less squared means would be below 0 there."""
-    x = torch.full((3, 2, 5, 5), 1234.567)
-    x[1] = 1234.5
-    assert (input_moments(x)[1] >= 0).all()
-    assert torch.isfinite(make_gate((2, 5, 5)).train()(x)[0]).all()
+def test_an_input_far_from_0_has_its_variances() -> None:
+    """Second moments less squared means would be far off, and below 0 for some."""
+    x = 1000 + torch.randn(4, 2, 5, 5, generator=torch_rng("x"))
+    torch.testing.assert_close(input_moments(x)[1, 0], x.flatten(2).var(2))
+    constant = torch.full((16, 3, 5, 5), 1.0) * (1000 + torch.arange(16).view(-1, 1, 1, 1) / 7)
+    assert (input_moments(constant)[1] >= 0).all()
+    assert torch.isfinite(make_gate((3, 5, 5)).train()(constant)[0]).all()
 
 
 def slow_branch(branch: Branch, x: Tensor, options: GateOptions, *, train: bool) -> Tensor:
@@ -335,3 +336,13 @@ def test_gradients_against_finite_differences(post: str) -> None:
         return torch.func.functional_call(gate, dict(zip(names, params, strict=True)), (x,))
 
     assert torch.autograd.gradcheck(values, [p.detach().requires_grad_() for p in gate.parameters()])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_single_example_can_train_in_evaluation_mode(shape: tuple[int, ...]) -> None:
+    gate = make_gate(shape).eval()
+    before = {name: b.clone() for name, b in gate.named_buffers()}
+    m, g = gate(make_input(shape, n=1))
+    (m.sum() + (g * torch.arange(5)).sum()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in gate.parameters())
+    assert all(torch.equal(b, before[name]) for name, b in gate.named_buffers())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +17,17 @@ from torch import Tensor
 from clients.fedavg import FedAvgClient
 from clients.pfedgate import PFedGateClient, _whole
 from fedsparse.errors import UserError
+from fedsparse.experiment import from_dict
 from fedsparse.models import build_model
 from fedsparse.models import gated as gated_module
 from fedsparse.models.gated import Gated, gated_model
 from fedsparse.packet import Packet, decode, encode, same
+from fedsparse.runner import run
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import batches
 from fedsparse.sparse.codec import pack_bits, unpack_bits
 from fedsparse.sparse.mean import WeightedMean
-from fedsparse.strategy import Reply
+from fedsparse.strategy import Plan, Reply
 from fedsparse.task import Budget, Client, Device, Split, Task
 from strategies.fedavg import FedAvg
 from strategies.pfedgate import GateState, PFedGate
@@ -228,8 +231,13 @@ def test_true_density_is_within_the_budget_in_every_batch(name: str, density: fl
     assert smallest - 1e-12 <= reply.scalars["density_mean"] <= reply.scalars["density_true"] + 1e-12
     forward = reply.scalars["forward_macs"]
     assert 0 < forward <= sum(layer.macs for layer in gated.layers) + gated.gate_macs
-    if density > smallest + 0.3:  # the budget is used, up to one block
-        assert reply.scalars["density_true"] > density - 0.15
+    cut = gated.cut
+    rest = cut.everything & ~np.eye(cut.blocks, dtype=bool)  # all but one
+    largest = max(
+        cut.spent(cut.everything) - cut.spent(kept) for kept, must in zip(rest, cut.forced, strict=True) if not must
+    )
+    used = reply.scalars["density_true"]
+    assert used == 1 or used > density - (largest + 1) / gated.dense  # up to one block
 
 
 def test_the_smallest_budget_that_the_message_names_works() -> None:
@@ -525,6 +533,11 @@ def test_a_client_that_was_away_catches_up() -> None:
         ({"download": "kept"}, 'download = "kept" needs mask_scope "round" or "client"'),
         ({"download": "kept", "mask_scope": "round", "mode": "paper"}, 'download = "kept" needs mode = "structural"'),
         ({"inference": "batch", "mask_scope": "round"}, "inference = 'batch' needs mask_scope = \"batch\""),
+        ({"mode": "paper", "blocks_per_layer": 1}, 'mode = "paper" with blocks_per_layer = 1 keeps every block'),
+        ({"mode": "official", "solver": "greedy_value"}, "leave out solver = 'greedy_value'"),
+        ({"share_pre_norm": True, "branches": "shared"}, 'share_pre_norm needs branches = "separate"'),
+        ({"open_gate": True, "mask_scope": "round", "download": "kept"}, "open_gate keeps every block"),
+        ({"gate_lr": float("inf")}, "gate_lr must be at least 0, got inf"),
         ({"score": "random_batch", "mask_scope": "client"}, 'score = "random_batch" needs mask_scope = "batch"'),
     ],
 )
@@ -538,15 +551,19 @@ def test_what_cannot_work_is_refused_before_round_one() -> None:
     with pytest.raises(UserError, match="pFedGate cannot cut"):
         PFedGate().init(task, [Device(0)])
     small = make_task("mlp", (3, 32, 32), 0.1)
-    with pytest.raises(
-        UserError, match=r"the gate has \d+ parameters, more than the model \(\d+\); set method.gate_pool"
-    ):
+    with pytest.raises(UserError, match=r"the gate has \d+ parameters, more than the model \(\d+\); it has one output"):
         PFedGate(client_config={"mode": "official"}).init(make_task("cnn1d", (6, 125), 0.05), [Device(0)])
     PFedGate(client_config={"gate_pool": 2}).init(small, [Device(0)])
     memory = Device(4, Budget(memory=10**6))
     for options in ({}, {"mask_scope": "round"}):
         with pytest.raises(UserError, match="client 4 has a memory budget"):
             PFedGate(client_config=options).init(make_task("cnn"), [memory])
+    with pytest.raises(UserError, match='client 4 has a memory budget, which needs mode = "structural"'):
+        PFedGate(client_config={"mode": "paper"}).init(make_task("cnn"), [memory])
+    with pytest.raises(UserError, match="schedule = 'linear' needs budgets of density"):
+        PFedGate(schedule="linear").init(make_task("cnn"), [Device(0)])
+    with pytest.raises(UserError, match="cost = 'multiply_adds' needs devices with a budget of it"):
+        PFedGate(client_config={"cost": "multiply_adds"}).init(make_task("cnn"), [Device(0)])
     with pytest.raises(UserError, match="schedule = 'linear' needs mask_scope"):
         PFedGate(schedule="linear", client_config={"mask_scope": "round"})
     with pytest.raises(UserError, match="unknown schedule 'cubik'; did you mean 'cubic'"):
@@ -555,20 +572,39 @@ def test_what_cannot_work_is_refused_before_round_one() -> None:
         PFedGate(schedule_from=0.5, schedule_until=0.5)
 
 
+@pytest.mark.parametrize("mode", ["paper", "official"])
+def test_what_breaks_budgets_in_every_round_is_refused_unless_it_is_recorded(mode: str) -> None:
+    task, device = make_task("cnn"), Device(2, Budget(0.2))
+    server = PFedGate(client_config={"mode": mode})
+    server.init(task, [device])
+    with pytest.raises(
+        UserError, match=f"client 2: mode = '{mode}' needs density .* above its budget 0.2; set budget.on"
+    ):
+        server.foresee(task, [device], Plan())
+    server.foresee(task, [device], Plan(on_over_budget="record"))
+    work = Device(1, Budget(forward_macs=1e6))
+    with pytest.raises(UserError, match="client 1 has a budget of multiply-adds, but mode"):
+        server.foresee(task, [work], Plan())
+    opened = PFedGate(client_config={"open_gate": True})
+    opened.init(task, [device])
+    with pytest.raises(UserError, match="open_gate keeps every block, and client 2 has budget 0.2"):
+        opened.foresee(task, [device], Plan())
+
+
 def test_notes_name_a_heavy_gate_and_budgets_without_a_choice() -> None:
-    task = make_task("cnn")
-    server = PFedGate(client_config={"mode": "paper", "blocks_per_layer": 2})
-    devices = [Device(0, Budget(0.3))]
+    """With the official chunks a budget of 0.3 keeps one and the same mask; with channel groups it does not."""
+    task, devices = make_task("leafcnn1", (1, 28, 28), 1.0), [Device(0, Budget(0.3))]
+    official = PFedGate(client_config={"mode": "official"})
+    official.init(task, devices)
+    (note,) = official.notes(task, devices)
+    assert note.startswith("a budget (0.3 of density) leaves no choice: random importances all keep the same blocks")
+    server = PFedGate(client_config={"gate_pool": 7})
     server.init(task, devices)
-    found = server.notes(task, devices)
-    assert any("leaves no choice" in note for note in found)
+    assert server.notes(task, devices) == ()
     heavy = PFedGate(client_config={})
     heavy.init(make_task("mlp"), [Device(0)])
     (note,) = heavy.notes(make_task("mlp"), [Device(0)])
     assert "% of the model's parameters; method.gate_pool makes it smaller" in note
-    free = PFedGate(client_config={"gate_pool": 2})
-    free.init(task, devices)
-    assert free.notes(task, devices) == ()
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -601,15 +637,33 @@ def test_the_plateau_schedule_waits_for_validation() -> None:
         packet = server.broadcast(state, client.device)
         densities.append(packet.scalars.get("density", 0.6))
         reply, _ = half_of(lr=1e-9, gate_lr=1e-9).train(task, client, packet, {}, torch_rng(0))
-        assert reply.scalars["validation.n"] == len(client.validation)
+        assert reply.scalars["validation_seen"] == len(client.validation)
         state = server.reduce(task, state, [Reply(client.device, reply)])
     assert densities[0] == 1
     assert densities == sorted(densities, reverse=True)
     assert densities[-1] == pytest.approx(0.6)
     alone = replace(client, validation=Split(client.train.x[:0], client.train.y[:0]))
-    reply, _ = half_of().train(task, alone, server.broadcast(state, client.device), {}, torch_rng(0))
-    with pytest.raises(UserError, match='schedule = "plateau" needs clients with validation data'):
-        server.reduce(task, state, [Reply(client.device, reply)])
+    blind = server.scheduled(task, server.init(task, [client.device]), 10)
+    reply, _ = half_of().train(task, alone, server.broadcast(blind, client.device), {}, torch_rng(0))
+    blind = server.reduce(task, blind, [Reply(client.device, reply)])
+    with pytest.raises(UserError, match='schedule = "plateau" needs validation data; no client of 2 rounds had any'):
+        server.reduce(task, blind, [Reply(client.device, reply)])
+    assert server.reduce(task, state, [Reply(client.device, reply)]).above == state.above  # a cohort without any
+
+
+@pytest.mark.parametrize("schedule", ["linear", "plateau"])
+def test_a_whole_run_with_a_schedule(schedule: str, tmp_path: Path) -> None:
+    changes = ["rounds=4", "budget.tiers=[0.5]", f"method.schedule={schedule}", "method.patience=1"]
+    changes += ["method.schedule_until=0.5", "partition.clients=3"]
+    with pytest.raises(
+        UserError, match=f"schedule = '{schedule}' starts above, and client 0 has budget 0.5; set budget"
+    ):
+        run(from_dict({}, changes), out=tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+    done = run(from_dict({}, [*changes, "budget.on_over_budget=record"]), out=tmp_path / "run")
+    densities = [max(r["density_true"] for r in done.clients if r["round"] == n) for n in range(1, 5)]
+    assert densities[0] > 0.9
+    assert schedule == "plateau" or (densities == sorted(densities, reverse=True) and densities[-1] <= 0.5)
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -712,6 +766,46 @@ def test_a_novel_client_trains_its_gate_alone() -> None:
     assert all(torch.equal(before[n], packet.tensors[n]) for n in before)
     again = half.onboard(task, novel, packet, {}, torch_rng(0), (0, 1, 10))
     assert again == scores
+
+
+@pytest.mark.parametrize("download", ["all", "kept"])
+def test_a_novel_client_with_one_mask_chooses_by_its_trained_gate(download: str) -> None:
+    """But where it was sent one kept set it has no other to choose."""
+    task, options = make_task("cnn"), {"mask_scope": "round", "download": download, "gate_lr": 2.0}
+    server, state, _, _ = play(task, [make_client(task, i, 0.5) for i in range(3)], 2, **options)
+    novel, half, used = make_client(task, 9, 0.5, n=40), half_of(**options), []
+
+    class Spy(PFedGateClient):
+        def _client_wide(self, scene):  # type: ignore[no-untyped-def]
+            kept, gates = super()._client_wide(scene)
+            used.append(kept)
+            return kept, gates
+
+    packet = replace(server.broadcast(state, novel.device), kind="onboard")
+    scores = Spy(**asdict(half)).onboard(task, novel, packet, {}, torch_rng(0), (0, 10))
+    assert scores[0] != scores[10]
+    first = half.choice(server.gated, novel.device, 0.5).first()
+    assert np.array_equal(used[0], first)
+    assert np.array_equal(used[1], first) == (download == "kept")
+
+
+def test_memory_counts_the_gates_activations_and_the_packet() -> None:
+    task = make_task("cnn")
+    base, clients = {"mask_scope": "round", "gate_pool": 0}, [make_client(task, 0, 0.6)]
+    whole, _ = train(task, clients[0], **base)
+    server, state = server_of(task, clients, **base, download="kept")
+    kept, _ = train(task, clients[0], server.broadcast(state, clients[0].device), **base, download="kept")
+    gated = gated_of(task, gate_pool=0)
+    part = round(kept.scalars["density_true"] * gated.dense) - gated.gate_size
+    model = gated.cut.spent(gated.cut.everything)
+    assert whole.scalars["memory"] - kept.scalars["memory"] == 4 * (model - part)
+    assert gated.gate_activations == 2 * (64 + gated.cut.blocks)
+    dense = int(whole.scalars["memory"])
+    for memory in (dense // 2, 2 * dense // 3):
+        client = replace(clients[0], device=Device(0, Budget(memory=memory)))
+        server, state = server_of(task, [client], **base, download="kept")
+        reply, _ = train(task, client, server.broadcast(state, client.device), **base, download="kept")
+        assert reply.scalars["memory"] <= memory
 
 
 def test_diagnostics_count_masks_overlap_and_what_was_never_trained() -> None:

@@ -36,7 +36,11 @@ half._scene(task, client, small, {})  # cut and costs are derived once a process
 if download == "kept":  # of the whole model nothing stays but names and shapes
     state = None
     task.model.to("meta")
-half.train(task, Client(device, *[Split(data.x[:8], data.y[:8])] * 3), packet, {}, torch_rng("warm"))
+warm, _ = half.train(task, Client(device, *[Split(data.x[:8], data.y[:8])] * 3), packet, {}, torch_rng("warm"))
+if download == "kept":  # what the cost model says, less the packet, which is there already
+    margin += int(warm.scalars["memory"]) - packet.nbytes
+else:
+    margin += int(sys.argv[3])
 
 def size():
     with open("/proc/self/statm") as file:
@@ -46,25 +50,29 @@ resource.setrlimit(resource.RLIMIT_AS, (size() + margin, size() + margin))
 reply, memory = half.train(task, client, packet, {}, torch_rng("train"))
 half.evaluate(task, client, half.local(packet, reply), memory)
 assert reply.scalars["density_true"] <= 0.1
-print("trained", dense, reply.nbytes, packet.nbytes)
+print("trained", dense, reply.nbytes, packet.nbytes, margin)
 """
 
 
-def client(download: str, margin: int) -> subprocess.CompletedProcess[str]:
+def client(download: str, margin: int, more: int = 0) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", _CLIENT, download, str(margin)], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", _CLIENT, download, str(margin), str(more)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's address-space limit")
 def test_a_client_with_its_kept_set_alone_trains_where_the_whole_model_does_not_fit() -> None:
-    """At a tenth of the model: 6.5 MB each of weights, gradients and momentum, and activations; the model has 65 MB."""
-    margin = 40 * 2**20
-    done = client("kept", margin)
+    """At a tenth of the model of 65 MB, with what the cost model says and 8 MB for the allocator's steps."""
+    slack = 8 * 2**20
+    done = client("kept", slack)
     assert done.returncode == 0, done.stderr[-2000:]
-    dense, up, down = map(int, done.stdout.split()[1:])
-    assert 4 * dense > 1.5 * margin
+    dense, up, down, margin = map(int, done.stdout.split()[1:])
+    assert margin < 2 * dense  # half of the model's bytes
     assert max(up, down) <= 0.1 * 4 * dense + 4096
-    refused = client("all", margin)  # the limit is a real one: the paper's way does not fit
+    refused = client("all", 0, margin)  # the limit is a real one: the paper's way does not fit
     assert refused.returncode != 0
     assert "memory" in refused.stderr.lower()

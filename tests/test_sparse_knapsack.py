@@ -83,9 +83,11 @@ def test_as_good_as_a_table_over_capacities(
     for name, value in zip(("_REACH", "_SIZES", "_WIDTH"), first_window, strict=True):
         monkeypatch.setattr(module, name, value)
     rng = np.random.default_rng(len(kind))
-    for classes, share in itertools.product((1, 4, 25, 150), (0.1, 0.5, 0.9)):
-        sizes = rng.choice(rng.integers(5, 120, classes), 150).astype(np.int64)
-        values = VALUES[kind](rng, 150, sizes)
+    few = [(16, 4, 1000, share) for share in rng.random(25)]
+    many = [(150, classes, 120, share) for classes, share in itertools.product((1, 4, 25, 150), (0.1, 0.5, 0.9))]
+    for n, classes, largest, share in [*few, *many]:
+        sizes = rng.choice(rng.integers(5, largest, classes), n).astype(np.int64)
+        values = VALUES[kind](rng, n, sizes)
         capacity = int(sizes.sum() * share)
         taken = knapsack(values, sizes, capacity)
         assert sizes[taken].sum() <= capacity
@@ -93,12 +95,27 @@ def test_as_good_as_a_table_over_capacities(
         assert values[taken].sum() == pytest.approx(best, rel=1e-13, abs=1e-12 * values.max())
 
 
-def test_values_that_differ_in_the_last_bits_are_told_apart() -> None:
-    tiny = 2.0**-40
-    np.testing.assert_array_equal(knapsack([0.5, 0.5 + tiny, 0.5, 0.5 + tiny], [3, 3, 3, 3], 6), [0, 1, 0, 1])
-    np.testing.assert_array_equal(knapsack([0.5, 0.25, 0.25 + tiny], [6, 3, 3], 6), [False, True, True])
-    np.testing.assert_array_equal(knapsack([0.5 + 2 * tiny, 0.25, 0.25 + tiny], [6, 3, 3], 6), [True, False, False])
-    for scale in (1e-200, 1e200):  # and the unit of the values does not matter
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.sampled_from([3, 4, 7, 9])), min_size=1, max_size=10), st.integers(0, 50)
+)
+def test_values_that_differ_in_the_last_bits_are_told_apart(items: list[tuple[int, int]], capacity: int) -> None:
+    values, sizes = [0.5 + k * 2.0**-40 for k, _ in items], [s for _, s in items]  # sums of these are exact
+    assert values @ knapsack(values, sizes, capacity) == best_value(values, sizes, capacity)
+
+
+def test_what_is_not_worth_its_price_does_not_lower_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found by a random search: with such blocks counted in the bound the best set is missed."""
+    monkeypatch.setattr(module, "_ROUNDS", 0)
+    values = [0.25123495, 0.05764504, 0.47912305, 0.7894744, 0.70040774, 0.46281416, 0.31800303, 0.04991936]
+    values += [0.12300536, 0.30415985, 0.74573851, 0.83892732, 0.44497195, 0.83822162, 0.75863022, 0.26192746]
+    sizes = [933, 419, 555, 245, 419, 933, 245, 419, 245, 555, 933, 555, 245, 419, 933, 419]
+    best = table_value(np.array(values), np.array(sizes), 906)
+    assert values @ knapsack(values, sizes, 906) == pytest.approx(best, abs=1e-12)
+
+
+def test_the_unit_of_the_values_does_not_matter() -> None:
+    for scale in (1e-200, 1e200):
         np.testing.assert_array_equal(knapsack([6 * scale, 5 * scale, 5 * scale], [6, 5, 5], 10), [False, True, True])
 
 

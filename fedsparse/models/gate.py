@@ -23,7 +23,6 @@ BRANCHES = ("separate", "shared")
 PRE_NORMS = ("switch", "none")
 POST_NORMS = ("batch", "layer", "none")
 BOUNDS = ("sigmoid", "none")
-Moments = tuple[Tensor, Tensor]
 _EPS = 1e-5
 _KEEP = 0.9  # of the running statistics at each training batch; they start at 0, as in the official code
 
@@ -48,53 +47,64 @@ class SwitchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.zeros(channels))
 
-    def forward(self, x: Tensor, moments: Moments) -> Tensor:
-        """(n, C, ...) or (n, F) -> the same shape. moments: those of ``x``, which branches share."""
-        means, variances = self._with_running(moments)  # (parts, n, C) or (parts, n, F)
-        mean = (self.mean_weight.softmax(0) @ means.flatten(1)).view(x.shape[:2])
-        var = (self.var_weight.softmax(0) @ variances.flatten(1)).view(x.shape[:2])
+    def forward(self, x: Tensor, moments: Tensor) -> Tensor:
+        """(n, C, ...) or (n, F) -> the same shape. moments: ``input_moments(x)``, which branches share."""
+        moments = self._with_running(moments)
+        mixtures = torch.stack([self.mean_weight, self.var_weight]).softmax(1)  # (2, parts)
+        mean, var = torch.bmm(mixtures.unsqueeze(1), moments.flatten(2)).view(2, *x.shape[:2]).unbind()
         scale = self.weight * (var + _EPS).rsqrt()
+        shift = torch.addcmul(self.bias, mean, scale, value=-1)
         shape = (*x.shape[:2], *[1] * (x.ndim - 2))
-        return torch.addcmul((self.bias - mean * scale).view(shape), x, scale.view(shape))
+        return torch.addcmul(shift.view(shape), x, scale.view(shape))
 
-    def _with_running(self, moments: Moments) -> Moments:
+    def _with_running(self, moments: Tensor) -> Tensor:
         """Training moves the running statistics; evaluation uses them for the batch's part, the last one."""
-        means, variances = moments
-        if self.training:
-            with torch.no_grad():
-                self.running_mean.mul_(_KEEP).add_(means[-1, 0], alpha=1 - _KEEP)
-                self.running_var.mul_(_KEEP).add_(variances[-1, 0], alpha=1 - _KEEP)
+        with torch.no_grad():
+            if self.training:
+                self.running_mean.lerp_(moments[0, -1, 0], 1 - _KEEP)
+                self.running_var.lerp_(moments[1, -1, 0], 1 - _KEEP)
+                return moments
+            moments = moments.clone()  # another branch may have other running statistics
+            moments[0, -1], moments[1, -1] = self.running_mean, self.running_var
             return moments
-        running_mean, running_var = self.running_mean.expand_as(means[-1:]), self.running_var.expand_as(means[-1:])
-        return torch.cat([means[:-1], running_mean]), torch.cat([variances[:-1], running_var])
 
 
-def input_moments(x: Tensor) -> Moments:
-    """Means and variances of an input by part, each (parts, n, C) or (parts, n, F); no gradients.
+def input_moments(x: Tensor) -> Tensor:
+    """(2, parts, n, C) or (2, parts, n, F): means and variances of an input by part; no gradients.
 
     Images and series (n, C, ...): instance, layer, batch. Flat inputs (n, F): layer, batch.
     """
     with torch.no_grad():
-        parts = _spatial_moments(x.flatten(2)) if x.ndim > 2 else _flat_moments(x)
-        means, variances = ([part.expand(x.shape[:2]) for part in kind] for kind in parts)
-        return torch.stack(means), torch.stack(variances)
+        return _spatial_moments(x.flatten(2)) if x.ndim > 2 else _flat_moments(x)
 
 
-def _spatial_moments(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _spatial_moments(x: Tensor) -> Tensor:
     """Instance, layer and batch moments of (n, C, S)."""
-    var_in, mean_in = torch.var_mean(x, 2, correction=min(1, x.shape[2] - 1))  # (n, C)
-    square = var_in + mean_in**2
-    mean_ln = mean_in.mean(1, keepdim=True)  # (n, 1)
-    mean_bn = mean_in.mean(0)  # (C,)
-    var_ln, var_bn = square.mean(1, keepdim=True) - mean_ln**2, square.mean(0) - mean_bn**2
-    return [mean_in, mean_ln, mean_bn], [var_in, var_ln, var_bn]
+    var, mean = torch.var_mean(x, 2, correction=min(1, x.shape[2] - 1))  # (n, C)
+    instance = torch.stack([mean, var + mean**2])  # (2, n, C) first and second moments
+    layer, batch = instance.mean(2, keepdim=True), instance.mean(1, keepdim=True)
+    moments = torch.stack([instance, layer.expand_as(instance), batch.expand_as(instance)], 1)
+    moments[1] -= moments[0] ** 2
+    moments[1].clamp_(min=0)  # rounding can take it below
+    moments[1, 0] = var
+    return moments
 
 
-def _flat_moments(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def _flat_moments(x: Tensor) -> Tensor:
     """Layer and batch moments of (n, F)."""
     var_ln, mean_ln = torch.var_mean(x, 1, keepdim=True, correction=min(1, x.shape[1] - 1))  # (n, 1)
     var_bn, mean_bn = torch.var_mean(x, 0, correction=min(1, len(x) - 1))  # (F,)
-    return [mean_ln, mean_bn], [var_ln, var_bn]
+    parts = [part.expand_as(x) for part in (mean_ln, mean_bn, var_ln, var_bn)]
+    return torch.stack(parts).view(2, 2, *x.shape)
+
+
+def token_shares(x: Tensor, vocabulary: int) -> Tensor:
+    """(n, T) int64 tokens -> (n, V) float32: the share of each token in the example; they sum to 1.
+
+    The mean of the one-hot tokens, without the (n, T, V) of them.
+    """
+    counts = torch.zeros(len(x), vocabulary).scatter_add_(1, x, torch.ones(1).expand(x.shape))
+    return counts / x.shape[1]
 
 
 def _pool2d(x: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -156,7 +166,7 @@ def _post_norm(kind: str, blocks: int) -> nn.Module:
     return nn.LayerNorm(blocks, eps=_EPS) if kind == "layer" else nn.Identity()
 
 
-def _apply(norm: SwitchNorm | None, x: Tensor, moments: Moments | None) -> Tensor:
+def _apply(norm: SwitchNorm | None, x: Tensor, moments: Tensor | None) -> Tensor:
     return x if norm is None or moments is None else norm(x, moments)
 
 
@@ -200,7 +210,7 @@ class Gate(nn.Module):
     def read(self, x: Tensor) -> Tensor:
         """Numbers of the gate's shape: shares of tokens, or the pooled input. What has been read stays as it is."""
         if self.vocabulary and not x.is_floating_point():
-            return functional.one_hot(x, self.vocabulary).float().mean(1)
+            return token_shares(x, self.vocabulary)
         if self.pool:
             size = self.input_shape[1:]
             return functional.adaptive_avg_pool1d(x, size[0]) if len(size) == 1 else _pool2d(x, size)
@@ -210,6 +220,12 @@ class Gate(nn.Module):
     def macs(self) -> int:
         """Multiply-adds of one example: those of the linear layers."""
         return sum(m.weight.numel() for m in self.modules() if isinstance(m, Branch))
+
+    @property
+    def activations(self) -> int:
+        """Scalars that training holds for one example: normed inputs and logits of each branch."""
+        branches = [m for m in self.modules() if isinstance(m, Branch)]
+        return sum((m.norm is not None) * m.weight.shape[1] + m.weight.shape[0] for m in branches)
 
     @property
     def size(self) -> int:

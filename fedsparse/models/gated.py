@@ -28,6 +28,7 @@ LEAST = 0.1  # the paper's s_min: the share of each tensor that a flat cut alway
 GATE_SHARE = 0.1  # of the model: a heavier gate is worth a note
 _LARGEST = ("density_true", "density_nominal", "memory", "forward_macs_max")  # reported as the maximum over batches
 _GATE_BATCH = 512  # examples a pass when a client's mask is computed; fixed, since it may change bits
+_RECEIVED = 1  # copies of a kept set beside the one in training: the received packet
 _PACKET = 2048  # bytes of an update beside its values and its bitmap: headers, names and scalars
 _MOST_GROUPS = 64  # a layer, when groups are made smaller to meet a small budget
 
@@ -75,6 +76,18 @@ class Gated:
         """The gate's scalars as far as a density budget counts them: the paper's and the official budget do not."""
         return 0 if self.flat else self.gate_size
 
+    @property
+    def gate_activations(self) -> int:
+        """Scalars that the gate holds for one example in training."""
+        gate = self.gate.model
+        assert isinstance(gate, Gate)
+        return gate.activations
+
+    @cached_property
+    def buffers(self) -> int:
+        """Scalars of the model that are not trained (statistics of norms)."""
+        return sum(layer.buffers for layer in self.layers)
+
     @cached_property
     def smallest(self) -> dict[str, int]:
         """What the forced blocks alone cost."""
@@ -93,10 +106,12 @@ class Gated:
             found["parameters"] = math.floor(share * self.dense) - self.counted_gate
             self._check(device, "parameters", found, share, self.smallest["parameters"] / self.dense)
         if budget.memory is not None:
-            activations = memory_bytes(self.layers, batch_size).activations
-            scalars = (budget.memory - activations) // (4 * (2 + copies)) - self.gate_size
+            fixed = memory_bytes(self.layers, batch_size).activations + 4 * batch_size * self.gate_activations
+            fixed += 4 * (2 + copies) * self.gate_size + 8 * self.buffers
+            each = 4 * (_RECEIVED + 2 + copies)  # bytes of a kept scalar: as received, weight, gradient, momentum
+            scalars = (budget.memory - fixed) // each
             found["parameters"] = min(scalars, found.get("parameters", scalars))
-            least = activations + 4 * (2 + copies) * (self.smallest["parameters"] + self.gate_size)
+            least = fixed + each * self.smallest["parameters"]
             self._check(device, "parameters", found, budget.memory, least)
         if budget.forward_macs is not None:
             found["multiply_adds"] = math.floor(budget.forward_macs) - self.gate_macs
@@ -242,14 +257,14 @@ class Account:
     """What a client's batches cost and lost in a round; each kept set is costed once.
 
     batch_size: the largest batch, for the memory. copies: tensors of optimiser state a weight. gate: whether it is
-    used. held: scalars of the model that the client holds beside the part in use.
+    used. held: scalars of the model that the client holds beside the part in use; None = the kept set once more.
     """
 
     gated: Gated
     batch_size: int
     copies: int
     gate: bool
-    held: int
+    held: int | None
     steps: int = 0
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -296,9 +311,10 @@ class Account:
             cut,
             optimizer_copies=self.copies,
             gate=size,
-            decision=4 * self.held,
+            decision=4 * (gated.cut.spent(kept) if self.held is None else self.held),
             structured=True,
         )
+        activations = 4 * self.batch_size * gated.gate_activations if self.gate else 0
         macs = forward_macs(gated.layers, cut) + gate_macs
         return {
             "density_true": (gated.cut.spent(kept) + size) / gated.dense,
@@ -306,5 +322,5 @@ class Account:
             "flops": train_flops(gated.layers, 1, cut) + 3 * 2 * gate_macs,  # the gate's norm needs input gradients
             "macs": macs,
             "forward_macs_max": macs,
-            "memory": memory.total,
+            "memory": memory.total + activations,
         }

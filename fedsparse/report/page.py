@@ -26,7 +26,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
 _MASK_NAMES = {
     "distinct": "distinct masks",
     "mean_overlap": "mean overlap of two clients' masks",
-    "never_trained": "share of the model that nobody trained",
+    "never_trained": "share of blocks that nobody trained",
     "agreement": "agreement of training and evaluation masks",
 }
 

@@ -75,6 +75,7 @@ def summarise(
             "evaluation_total": sum(r["bytes"]["evaluation"] for r in rounds) + after.bytes,
             "preparation_total": sum(r["bytes"]["up"] + r["bytes"]["down"] for r in before),
             "dense_per_client_round": facts.dense_bytes,
+            "upload_share": _share(whole["bytes"]["up_per_client_round"], facts.dense_bytes),
         },
         "flops": {
             **whole["flops"],
@@ -192,6 +193,10 @@ def _lowest(ordered: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _mean(values: Iterable[float | None]) -> float | None:
     known = [v for v in values if v is not None]
     return sum(known) / len(known) if known else None
+
+
+def _share(part: float | None, whole: float) -> float | None:
+    return None if part is None else part / max(1, whole)
 
 
 def _most(rows: Sequence[Row], name: str) -> float | None:

@@ -1,0 +1,219 @@
+"""The table of the laptop protocol in RESULTS.md: CIFAR-10, LeNet, 100 clients with Dirichlet labels, each split 6:2:2.
+
+    python experiments/laptop.py tune  --only fedavg_ft local      # a few trials on validation data
+    python experiments/laptop.py final --only fedavg_ft pfedgate_0.3 --seeds 0 1 2
+    python experiments/laptop.py table                             # Markdown of what `final` wrote
+
+A run is named by a key: NAME of RUNS, METHOD_EQUAL_SHARE for a narrow dense control (``local_parameters_0.3``), and
+METHOD_EQUAL_of_NAME for one at the share that NAME was measured to use (``local_multiply_adds_of_pfedgate_0.3``).
+``--set`` adds settings to all runs (``--set fraction=1.0``: all clients in each round). Runs that
+``experiments/results/laptop_final.json`` has already are skipped. FedAvg's row is FedAvg-FT's global model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from personal import HERE, command, one_run, print_row, spread, write
+
+import fedsparse
+from fedsparse.errors import UserError, unknown
+from fedsparse.experiment import load_experiment
+from fedsparse.report.summary import accuracy
+from fedsparse.rows import POINTS
+
+NAME = "cifar10_laptop"
+FINAL = HERE / "results" / "laptop_final.json"
+TUNE = HERE / "results" / "laptop_tune.json"
+SHARES = (0.5, 0.3)
+RUNS: dict[str, tuple[str, ...]] = {
+    "fedavg_ft": ("method=fedavg_ft",),
+    "local": ("method=local",),
+    **{f"pfedgate_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]") for s in (1.0, *SHARES)},
+    **{f"pfedgate_macs_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]", "budget.of=multiply_adds") for s in SHARES},
+    **{f"official_{s:g}": ("method=pfedgate", "method.mode=official", f"budget.tiers=[{s:g}]") for s in SHARES},
+}
+NOVEL = ("partition.novel=0.2",)
+RUNS |= {f"novel_{name}": (*RUNS[name], *NOVEL) for name in ("fedavg_ft", "local", "pfedgate_0.5", "pfedgate_0.3")}
+CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|([0-9.]+))")
+
+# Tuning: the settings of the short runs on validation data, and the rates that are tried in them. ft_lr 0 is lr itself.
+FEW = ("rounds=15", "evaluate.every=15", "fraction=0.1", "evaluate.fraction=0.3")
+TRIALS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[float, ...], ...]]] = {
+    "fedavg_ft": (FEW, ("lr", "ft_lr"), ((0.05, 0.0), (0.1, 0.0), (0.2, 0.0), (0.4, 0.0), (0.1, 0.03), (0.1, 0.01))),
+    "local": (
+        ("partition.max_clients=6", "fraction=1.0", "rounds=20", "evaluate.every=20"),  # the epochs of a whole run
+        ("lr",),
+        ((0.02,), (0.05,), (0.1,)),
+    ),
+    "pfedgate_0.5": (FEW, ("lr", "gate_lr"), ((0.2, 0.1), (0.2, 1.0), (0.4, 0.1), (0.4, 1.0))),
+}
+
+
+# --- tuning ----------------------------------------------------------------------------------------------------------
+
+
+def tune(names: Iterable[str], extra: Sequence[str]) -> None:
+    """Accuracy on validation data for each trial that the file does not have yet; nothing sees test data."""
+    found: list[dict[str, Any]] = json.loads(TUNE.read_text()) if TUNE.exists() else []
+    for name in names:
+        if name not in TRIALS:
+            raise unknown("run to tune", name, tuple(TRIALS))
+        short, rates, trials = TRIALS[name]
+        for trial in trials:
+            chosen = [f"method.{rate}={value}" for rate, value in zip(rates, trial, strict=True)]
+            settings = [*RUNS[name], "evaluate.split=validation", *short, *chosen, *extra]
+            if command(NAME, settings) in {t["command"] for t in found}:
+                continue
+            found.append({"key": name, "command": command(NAME, settings), **trial_of(settings)})
+            print(json.dumps(found[-1]), flush=True)
+            write(TUNE.stem, found)
+
+
+def trial_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Mean accuracy at each point and the seconds; zeros for a rate so large that the loss is not finite."""
+    start = time.perf_counter()
+    try:
+        scores = one_run(NAME, settings)[0]["accuracy"]
+    except fedsparse.ClientError as error:
+        if "training loss is" not in str(error) and "not finite" not in str(error):
+            raise
+        scores = {point: {"mean": 0.0} for point in POINTS}
+    means = {point: scores[point]["mean"] for point in POINTS}
+    return {**means, "seconds": round(time.perf_counter() - start, 1)}
+
+
+# --- the runs of the table -------------------------------------------------------------------------------------------
+
+
+def final(keys: Iterable[str], seeds: Iterable[int], extra: Sequence[str]) -> None:
+    """Run what is not in the file yet; it is written after each run."""
+    for seed in seeds:
+        for key in keys:
+            found = load()
+            settings = [*settings_of(key, seed, found, extra), *extra, f"seed={seed}"]
+            line, hyper = command(NAME, settings), dict(load_experiment(HERE / f"{NAME}.toml", settings).hyper)
+            if any(e["command"] == line and e["hyper"] == hyper for e in found):
+                print(f"{line}: done before", flush=True)
+                continue
+            made = {"key": key, "seed": seed, "extra": list(extra), "command": line, "hyper": hyper, **entry(settings)}
+            write(FINAL.stem, [*(e for e in load() if e["command"] != line), made])
+            scores = made["accuracy"]["personal"]
+            print(f"{line}: {scores['weighted']:.4f} ({made['seconds']['wall']:.0f} s)", flush=True)
+
+
+def load() -> list[dict[str, Any]]:
+    return json.loads(FINAL.read_text()) if FINAL.exists() else []
+
+
+def settings_of(key: str, seed: int, found: list[dict[str, Any]], extra: Sequence[str]) -> list[str]:
+    """The settings behind a key; a control of a run's measured share needs that run, of the same seed, in ``found``."""
+    if key in RUNS:
+        return list(RUNS[key])
+    control = CONTROL.fullmatch(key)
+    if not control:
+        raise unknown("run", key, (*RUNS, "METHOD_EQUAL_SHARE", "METHOD_EQUAL_of_NAME"))
+    method, equal, of, share = control.groups()
+    return [f"method={method}", f"narrow={equal}", f"narrow_to={share or measured(of, equal, seed, found, extra)}"]
+
+
+def measured(key: str, equal: str, seed: int, found: list[dict[str, Any]], extra: Sequence[str]) -> float:
+    """The share of the dense model that run ``key`` was measured to use, in "parameters" or "multiply_adds"."""
+    of = [e for e in found if e["key"] == key and e["seed"] == seed and e["extra"] == list(extra)]
+    dense = [e for e in found if e["key"] == "fedavg_ft"]  # of any seed: the same model
+    if not of or (equal == "multiply_adds" and not dense):
+        raise UserError(f"run {key} with seed {seed} and fedavg_ft first: the control has the share that they give")
+    return float(round(of[0]["density"] if equal == "parameters" else of[0]["macs"] / dense[0]["macs"], 4))
+
+
+def entry(settings: Sequence[str]) -> dict[str, Any]:
+    """One run: its digest, its figures over clients at the three points, costs, and how they went over the rounds."""
+    summary, rows = one_run(NAME, settings)
+    return {
+        "digest": summary["digest"],
+        "rounds": summary["rounds"],
+        "clients": summary["clients"],
+        "notes": summary["notes"],
+        "accuracy": summary["accuracy"],
+        "density": summary["density"]["true_mean"],
+        "density_max": summary["density"]["true_max"],
+        "up": summary["bytes"]["up_per_client_round"],
+        "down": summary["bytes"]["down_per_client_round"],
+        "macs": summary["flops"]["inference_per_sample"] / 2,
+        "train_flops": summary["flops"]["train_per_client_round"],
+        "peak_model_bytes": summary["memory"]["peak_model_bytes"],
+        "seconds": summary["seconds"],
+        "masks": summary["masks"],
+        "novel": summary.get("novel"),
+        "by_round": by_round(rows),
+    }
+
+
+def by_round(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The weighted accuracy of each evaluated round at the three points."""
+    evaluated = sorted({row["round"] for row in rows if row["personal"] is not None})
+    groups = {i: [row for row in rows if row["round"] == i] for i in evaluated}
+    return [{"round": i, **{p: accuracy(group, p)["weighted"] for p in POINTS}} for i, group in groups.items()]
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def table() -> None:
+    """Markdown: mean and standard deviation over seeds; costs are those of the first seed."""
+    heads = ("method", "seeds", "point", "weighted mean", "bottom decile", "p10", "noise alone", "true density")
+    print_row([*heads, "up kB", "down kB", "M multiply-adds", "minutes"])
+    print_row(["---"] * 12)
+    found = load()
+    for name, point, entries in lines(found):
+        first, cells = entries[0], [e["accuracy"][point] for e in entries]
+        scores = [over_seeds(cells, figure) for figure in ("weighted", "bottom_decile", "p10")]
+        noise = f"{sum(c['bottom_decile_noise'] for c in cells) / len(cells):.3f}"
+        costs = [f"{first['up'] / 1e3:.1f}", f"{first['down'] / 1e3:.1f}", f"{first['macs'] / 1e6:.2f}"]
+        density, minutes = f"{first['density']:.3f}", f"{first['seconds']['wall'] / 60:.0f}"
+        print_row([name, str(len(entries)), point, *scores, noise, density, *costs, minutes])
+    print()
+    for e in found:
+        print(f"    {e['command']}")
+
+
+def over_seeds(cells: list[dict[str, Any]], figure: str) -> str:
+    return spread(cells, figure) if len(cells) > 1 else f"{cells[0][figure]:.3f}"
+
+
+def lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """What makes a row: its name, the point of evaluation, and the runs, one a seed."""
+    names = list(dict.fromkeys(" ".join([e["key"], *e["extra"]]) for e in found))
+    for name in names:
+        entries = sorted((e for e in found if " ".join([e["key"], *e["extra"]]) == name), key=lambda e: e["seed"])
+        for point in POINTS:
+            if entries[0]["accuracy"][point]["weighted"] is not None:
+                yield name, point, entries
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("tune", "final", "table"))
+    parser.add_argument("--only", nargs="+", default=["fedavg_ft", "local"], help="keys of runs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="for final")
+    parser.add_argument("--set", nargs="+", default=[], help="settings for all of the runs, key=value")
+    args = parser.parse_args()
+    try:
+        if args.what == "tune":
+            tune(args.only, args.set)
+        elif args.what == "final":
+            final(args.only, args.seeds, args.set)
+        else:
+            table()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
