@@ -267,7 +267,7 @@ class PFedGateClient(GatedClient):
         return kept
 
     def _gate_memory(self, gate: _Gate) -> Memory:
-        smoothed = {"mask/scores": gate.scores} if self.smoothing and gate.scores is not None else {}
+        smoothed = {"mask/scores": gate.scores} if self.score_smoothing and gate.scores is not None else {}
         return {**gate.memory(), **smoothed}
 
     def _next_mask(self, scene: _Scene, choice: Choice, gate: _Gate) -> Memory:
@@ -277,7 +277,7 @@ class PFedGateClient(GatedClient):
         if kept is None or self.mask_scope == "round" or rounds <= self.settle:
             tensors = {name: t.detach() for name, t in gate.tensors.items()}
             free = replace(choice, fixed=None)
-            scores = gate.scores if self.smoothing else None
+            scores = gate.scores if self.score_smoothing else None
             kept, _ = free.client_wide(tensors, scene.client.train, scores, per_client=self.gate_input == "client")
         return {"mask/next": pack_bits(kept), "mask/rounds": torch.tensor(float(rounds))}
 

@@ -47,7 +47,6 @@ _CHOICES = {
     "inference": INFERENCES,
     "score": SCORES,
 }
-SMOOTHING = 0.9  # of importances in mode structural: near ties would else swap blocks at every batch
 _TIED = 0.5  # the importance of every block before a gate is trained
 
 
@@ -172,8 +171,7 @@ class GatedClient(SgdClient):
     (fixed after ``settle`` of its rounds). download: all of the model, what "changed" since the client's copy, or what
     the client has "kept". inference: one mask a "client" (auto), a "batch" (auto in mode official) or a "sample".
     score: "learned" importances, or random ones as a control; score_smoothing: how much of a block's importance comes
-    from the batches before, in [0, 1); -1 = 0.9 in mode structural, else 0; score_noise: standard deviation of what is
-    added to it in training.
+    from the batches before, in [0, 1); score_noise: standard deviation of what is added to it in training.
     relu_logits: the official code's ReLU on the logits. open_gate: keep every block at gate value 1, no gate: FedAvg.
     """
 
@@ -200,7 +198,7 @@ class GatedClient(SgdClient):
     download: str = "all"
     inference: str = "auto"
     score: str = "learned"
-    score_smoothing: float = -1.0
+    score_smoothing: float = 0.0
     score_noise: float = 0.0
     relu_logits: bool = False
     open_gate: bool = False
@@ -211,8 +209,8 @@ class GatedClient(SgdClient):
             raise UserError(f"pfedgate trains with optimizer 'sgd' only, got {self.optimizer!r}")
         check_not_negative(gate_lr=self.gate_lr, gate_clip=self.gate_clip, gate_pool=self.gate_pool)
         check_not_negative(score_noise=self.score_noise)
-        if not 0 <= self.score_smoothing < 1 and self.score_smoothing != -1:
-            raise UserError(f"score_smoothing must be in [0, 1), or -1 for auto, got {self.score_smoothing}")
+        if not 0 <= self.score_smoothing < 1:
+            raise UserError(f"score_smoothing must be in [0, 1), got {self.score_smoothing}")
         check_positive(blocks_per_layer=self.blocks_per_layer, max_block_frac=self.max_block_frac, settle=self.settle)
         for name in ("max_block_frac", "least"):
             if not 0 < getattr(self, name) <= 1:
@@ -269,13 +267,6 @@ class GatedClient(SgdClient):
         return Layout(self.mode, self.blocks_per_layer, self.max_block_frac, self.least, keep, gate)
 
     @property
-    def smoothing(self) -> float:
-        """``score_smoothing``, with auto resolved."""
-        if self.score_smoothing >= 0:
-            return self.score_smoothing
-        return SMOOTHING if self.mode == "structural" else 0.0
-
-    @property
     def inference_mode(self) -> str:
         """How clients are evaluated: "client", "batch" or "sample"."""
         if self.inference != "auto":
@@ -300,7 +291,7 @@ class GatedClient(SgdClient):
             self.cost,
             self.solver,
             self.score,
-            self.smoothing,
+            self.score_smoothing,
             self.score_noise,
             through or self.straight_through,
             open=self.open_gate,

@@ -189,7 +189,7 @@ def test_every_option_trains_and_repeats(options: dict[str, object]) -> None:
 def test_smoothed_importances_are_a_running_mean_and_hold_the_mask_still() -> None:
     task = make_task("cnn")
     client = make_client(task, 1, 0.5, n=160)
-    _, plain = train(task, client, gate_lr=0.0, score_smoothing=0.0)
+    _, plain = train(task, client, gate_lr=0.0)
     _, smooth = train(task, client, gate_lr=0.0, score_smoothing=0.9)
     mixed = [int(((m["mask/used"] > 0) & (m["mask/used"] < 1)).sum()) for m in (plain, smooth)]
     assert mixed[1] < mixed[0]  # blocks that some batches used and others did not
@@ -205,7 +205,7 @@ def test_smoothed_importances_are_a_running_mean_and_hold_the_mask_still() -> No
     scene = half._scene(task, client, Packet("evaluate", task.init_params()), smooth)
     kept, _ = half._client_wide(scene)
     assert np.array_equal(kept, half._choice(scene).kept(want.numpy()))
-    with pytest.raises(UserError, match=r"score_smoothing must be in \[0, 1\), or -1 for auto, got 1.0"):
+    with pytest.raises(UserError, match=r"score_smoothing must be in \[0, 1\), got 1.0"):
         half_of(score_smoothing=1.0)
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedsparse.errors import UserError
 from fedsparse.sparse import knapsack as module
-from fedsparse.sparse.knapsack import SOLVERS, knapsack, no_choice, official_choice, solve
+from fedsparse.sparse.knapsack import SOLVERS, knapsack, official_choice, solve
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -209,29 +209,6 @@ def test_the_official_choice_on_the_cut_of_lenet() -> None:
     assert len(masks[0.3]) == 1  # the budget alone decides
     untrained = official_choice(np.full(50, 0.5), sizes, linear, candidates, 0.5, 0.2)
     assert untrained[[10, 11, 20, 21]].all() and not untrained[[12, 13, 14, 22, 23, 24]].any()
-
-
-# --- whether there is a choice ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("sizes", "capacity", "want"),
-    [
-        ([5, 5, 5], 15, None),  # all fit: nothing to choose
-        ([5, 5, 5], 5, None),
-        ([5, 5, 5], 4, 4),  # not one fits
-        ([38400] * 4 + [24] * 4, 16_251, 16_251),  # LeNet's linear layers at 0.3, officially
-        ([38400] * 4 + [24] * 4, 48_752, None),
-        ([9, 9, 1, 1, 16], 9, None),
-        ([9, 9, 1, 1, 21], 9, 9),
-        ([], 0, None),
-    ],
-)
-def test_whether_a_budget_leaves_a_choice(sizes: list[int], capacity: int, want: int | None) -> None:
-    assert no_choice(sizes, capacity) == want
-    if want is not None:  # blocks cut to that size would leave one
-        pieces = [want] * (sum(sizes) // want) + ([sum(sizes) % want] if sum(sizes) % want else [])
-        assert no_choice(pieces, capacity) is None
 
 
 # --- time ------------------------------------------------------------------------------------------------------------

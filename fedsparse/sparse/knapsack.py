@@ -82,20 +82,6 @@ def official_choice(
     return kept
 
 
-def no_choice(sizes: Sequence[int] | Ints, capacity: int) -> int | None:
-    """None where a budget leaves a real choice; else the largest size of blocks that would.
-
-    There is none where more than half of what is free, by size, lies in blocks of which not even one fits: then the
-    budget decides what is kept, not the importances (so do the official cut's chunks of the largest layers at 0.3).
-    sizes: (L,) of the free blocks. capacity: what is left for them.
-    """
-    size = np.asarray(sizes, np.int64)
-    total = int(size.sum())
-    if total <= capacity or 2 * int(size[size <= capacity].sum()) >= total:
-        return None
-    return max(1, capacity)
-
-
 def knapsack(values: Sequence[float] | Floats, sizes: Sequence[int] | Ints, capacity: int) -> Bools:
     """The set of blocks of greatest total value whose total size is at most ``capacity``; (L,) bool.
 
