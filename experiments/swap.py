@@ -169,8 +169,9 @@ def table() -> None:
         cells = [spread([e["personal"]["mean"] for e in by[name]]) for name in SCORES]
         for swap in SWAPS:
             values = np.array([v for e in by["learned"] for v in e["gains"][swap]])
-            low, high = interval(values)
-            cells.append(f"{values.mean():+.4f} [{low:+.4f}, {high:+.4f}]")
+            cells.append(
+                f"{values.mean():+.4f} [{', '.join(f'{v:+.4f}' for v in interval(values))}]" if len(values) else "-"
+            )
         seeds = len({e["seed"] for e in mine})
         print(f"| {dataset} s={budget:g} | {' '.join(settings) or '-'} | {seeds} | {' | '.join(cells)} |")
 
