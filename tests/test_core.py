@@ -240,9 +240,9 @@ def test_methods_that_cannot_be_loaded(spec: str, message: str) -> None:
     ("hyper", "message"),
     [
         ({"lrr": 0.1}, "unknown hyper-parameter of fedprox 'lrr'; did you mean 'lr'"),
-        ({"lr": "big"}, "fedprox.lr must be a float, got 'big'"),
-        ({"epochs": 1.5}, "fedprox.epochs must be a int, got 1.5"),
-        ({"epochs": True}, "fedprox.epochs must be a int, got True"),
+        ({"lr": "big"}, "fedprox.lr must be a number, got 'big'"),
+        ({"epochs": 1.5}, "fedprox.epochs must be a whole number, got 1.5"),
+        ({"epochs": True}, "fedprox.epochs must be a whole number, got True"),
         ({"lr": -1.0}, "method fedprox: lr must be above 0, got -1.0"),
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), got 1.0"),
         ({"mu": -0.1}, "mu must be at least 0, got -0.1"),
