@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,14 +22,14 @@ from torch import Tensor
 from fedsparse.errors import UserError, unknown
 from fedsparse.gating import GatedClient
 from fedsparse.method import load_client
-from fedsparse.models.gated import GATE_SHARE, Gated, Layout, fitted, gated_model
+from fedsparse.models.gated import GATE_SHARE, Gated, fitted, gated_model
 from fedsparse.packet import Packet, Scalar
 from fedsparse.seeding import numpy_rng
 from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
 from fedsparse.sparse.cut import Bools
 from fedsparse.sparse.mean import MaskedMean
 from fedsparse.strategy import FederatedStrategy, Plan, Reply, State
-from fedsparse.task import Client, Device, Task
+from fedsparse.task import Budget, Client, Device, Task
 
 SCHEDULES = ("constant", "linear", "cubic", "plateau")
 _DRAWS = 24  # random importances that tell whether a budget leaves a choice
@@ -40,9 +41,9 @@ class GateState(State):
     """The global model and what the server knows of its clients.
 
     groups, least: the cut (see ``Layout``). above: how far above their budgets clients are, from 1 (a density of 1) to
-    0 (their budget). changed: (parts,) the round in which each part last changed. trained: (parts,) whether any client
-    has trained it. copies: by device, the round after which its copy was made. next: by device, the packed kept set of
-    its next round. best, waited: of the plateau schedule.
+    0 (their budget). changed: (parts,) the round in which each part last changed, 0 = never. copies: by device, the
+    round after which its copy was made. next: by device, the packed kept set of its next round. best, waited: of the
+    plateau schedule.
     """
 
     round: int = 0
@@ -51,11 +52,15 @@ class GateState(State):
     least: float = 0.0
     above: float = 0.0
     changed: Tensor = field(default_factory=lambda: torch.zeros(0))
-    trained: Tensor = field(default_factory=lambda: torch.zeros(0))
     copies: Mapping[int, int] = field(default_factory=dict)
     next: Mapping[int, Tensor] = field(default_factory=dict)
     best: float = -1.0
     waited: int = 0
+
+    @property
+    def trained(self) -> Tensor:
+        """(parts,) bool: whether any client has trained it."""
+        return self.changed > 0
 
 
 @dataclass
@@ -87,7 +92,7 @@ class PFedGate(FederatedStrategy):
         if self.schedule != "constant" and self._half.mask_scope != "batch":
             raise UserError(f'schedule = {self.schedule!r} needs mask_scope = "batch", got {self._half.mask_scope!r}')
 
-    @property
+    @cached_property
     def _half(self) -> GatedClient:
         """The client half, whose options the server reads."""
         spec = self.client_spec or self.client
@@ -107,15 +112,13 @@ class PFedGate(FederatedStrategy):
             smallest = min((d.budget.density or 1.0 for d in devices), default=1.0)
             layout = replace(layout, least=min(layout.least, smallest / 2))
         layout = fitted(task, layout, lambda gated: self._check(half, gated, devices))
-        gated = self._use(task, layout)
-        parts = gated.cut.parts
+        self.gated: Gated = gated_model(task, layout)  # derived from the task: no state
         return GateState(
             task.init_params(),
             groups=layout.blocks_per_layer,
             least=layout.least,
             above=float(self.schedule != "constant"),
-            changed=torch.zeros(parts, dtype=torch.int64),
-            trained=torch.zeros(parts, dtype=torch.bool),
+            changed=torch.zeros(self.gated.cut.parts, dtype=torch.int64),
         )
 
     def _check(self, half: GatedClient, gated: Gated, devices: Sequence[Device]) -> None:
@@ -129,10 +132,11 @@ class PFedGate(FederatedStrategy):
                 f" ({gated.cut.blocks}): set larger blocks (method.max_block_frac, method.blocks_per_layer),"
                 ' method.gate_pool or method.branches = "shared"'
             )
-        limited = [half.choice(gated, d, d.budget.density).limits for d in devices]
+        kinds = _kinds(devices)
+        limited = [half.choice(gated, d, d.budget.density).limits for d in kinds]
         if half.cost != "auto" and not any(half.cost in limits for limits in limited):
             raise UserError(f"cost = {half.cost!r} needs devices with a budget of it (budget.of, budget.table)")
-        for device in devices:
+        for device in kinds:
             budget = device.budget
             if budget.memory is not None and half.mode != "structural":
                 raise UserError(f'client {device.id} has a memory budget, which needs mode = "structural"')
@@ -154,7 +158,7 @@ class PFedGate(FederatedStrategy):
         if plan.on_over_budget != "stop":
             return
         half, gated, record = self._half, self.gated, 'set budget.on_over_budget = "record" to run it all the same'
-        for device in devices:
+        for device in _kinds(devices):
             budget = device.budget
             if budget.forward_macs is not None and gated.flat:
                 raise UserError(
@@ -181,8 +185,8 @@ class PFedGate(FederatedStrategy):
         share = gated.gate_size / gated.dense
         if share > GATE_SHARE:
             found.append(f"the gate has {share:.0%} of the model's parameters; method.gate_pool makes it smaller")
-        kinds = {d.budget: d for d in devices}.values()
-        found += [note for device in list(kinds)[:_NOTED] if (note := self._no_choice(half, gated, device))]
+        kinds = _kinds(devices)[:_NOTED]
+        found += [note for device in kinds if (note := self._no_choice(half, gated, device))]
         return tuple(found)
 
     def _no_choice(self, half: GatedClient, gated: Gated, device: Device) -> str:
@@ -271,7 +275,6 @@ class PFedGate(FederatedStrategy):
             params=mean.result(state.params),
             round=state.round + 1,
             changed=torch.where(sent, state.round + 1, state.changed),
-            trained=state.trained | sent,
             copies=copies,
             next=following,
         )
@@ -287,18 +290,6 @@ class PFedGate(FederatedStrategy):
         left = 1 - (share - self.schedule_from) / (self.schedule_until - self.schedule_from)
         left = min(1.0, max(0.0, left))
         return replace(state, above=left**3 if self.schedule == "cubic" else left)
-
-    # --- the cut -----------------------------------------------------------------------------------------------------
-
-    @property
-    def gated(self) -> Gated:
-        """The cut and the gate, derived from the task by ``init``."""
-        found: Gated = self._derived
-        return found
-
-    def _use(self, task: Task, layout: Layout) -> Gated:
-        self._derived = gated_model(task, layout)
-        return self._derived
 
     # --- after the run -----------------------------------------------------------------------------------------------
 
@@ -331,6 +322,14 @@ class PFedGate(FederatedStrategy):
             "gate_share": self.gated.gate_size / self.gated.dense,
             "inference": half.inference_mode,
         }
+
+
+def _kinds(devices: Sequence[Device]) -> list[Device]:
+    """The first device of each budget: what holds for it holds for all of them."""
+    found: dict[Budget, Device] = {}
+    for device in devices:
+        found.setdefault(device.budget, device)
+    return list(found.values())
 
 
 def _gate(state: State) -> GateState:

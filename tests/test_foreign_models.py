@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -61,7 +62,7 @@ def _torchvision() -> Any:
     _KEPT.append(library)
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return pytest.importorskip("torchvision")
+    return importlib.import_module("torchvision")
 
 
 _KEPT: list[torch.library.Library] = []  # what a library defines goes with it

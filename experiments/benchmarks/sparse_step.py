@@ -256,17 +256,18 @@ def resident(key: str) -> int:
 
 def measure_memory(case: Case) -> Result:
     """Peak bytes of a step, sparse and dense (channels-last), each in a fresh process."""
+    return weigh(memory_of, case, "sparse", "channels_last")
+
+
+def weigh(memory: Callable[[Any, str], int | None], case: Any, sparse: str, dense: str) -> Result:
+    """What ``memory(case, side)`` finds for two sides, each in a fresh process, and their ratio."""
     os.environ.update(MALLOC)  # read when a process starts: for the new ones only
-    found = {}
-    for side in ("sparse", "channels_last"):
+    found = []
+    for side in (sparse, dense):
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            found[side] = process.submit(memory_of, case, side).result()
-    sparse, dense = found["sparse"], found["channels_last"]
-    return {
-        "memory_sparse": sparse,
-        "memory_dense": dense,
-        "memory_ratio": sparse / dense if sparse is not None and dense else None,
-    }
+            found.append(process.submit(memory, case, side).result())
+    ratio = found[0] / found[1] if found[0] is not None and found[1] else None
+    return {"memory_sparse": found[0], "memory_dense": found[1], "memory_ratio": ratio}
 
 
 # --- storage ---------------------------------------------------------------------------------------------------------

@@ -24,10 +24,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import multiprocessing
 import os
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +35,7 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import numpy as np
 import torch
-from sparse_step import MALLOC, SHAPES, interval, machine, resident
+from sparse_step import SHAPES, interval, machine, resident, weigh
 from torch import Tensor
 
 from clients.fedavg import FedAvgClient
@@ -172,20 +170,10 @@ def memory_of(case: Case, side: str) -> int | None:
     return resident("VmHWM") - before
 
 
-def measure_memory(case: Case) -> Result:
-    os.environ.update(MALLOC)  # read when a process starts: for the new ones only
-    found = {}
-    for side in ("sparse", "dense"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-            found[side] = process.submit(memory_of, case, side).result()
-    sparse, dense = found["sparse"], found["dense"]
-    ratio = sparse / dense if sparse is not None and dense else None
-    return {"memory_sparse": sparse, "memory_dense": dense, "memory_ratio": ratio}
-
-
 def measure(case: Case, rounds: int) -> Result:
     """All figures of a case, and the bound for them."""
-    result = asdict(case) | measure_time(case, rounds or ROUNDS.get(case.model, 15)) | measure_memory(case)
+    result = asdict(case) | measure_time(case, rounds or ROUNDS.get(case.model, 15))
+    result |= weigh(memory_of, case, "sparse", "dense")
     bound = BOUNDS.get((case.model, case.density, case.cost))
     return result | {"bound": bound, "passed": bound is None or result["ratio_to_dense"] <= bound}
 

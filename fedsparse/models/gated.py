@@ -18,7 +18,7 @@ from fedsparse.models.gate import Gate, GateOptions
 from fedsparse.seeding import torch_rng
 from fedsparse.sparse.blocks import BLOCKS_PER_LAYER, MAX_BLOCK_FRAC, structural_cut
 from fedsparse.sparse.choose import choose_blocks
-from fedsparse.sparse.cut import Bools, Cut
+from fedsparse.sparse.cut import COSTS, Bools, Cut
 from fedsparse.sparse.flat import FlatCut, flat_cut
 from fedsparse.sparse.knapsack import official_choice
 from fedsparse.task import Device, Split, Task
@@ -91,7 +91,7 @@ class Gated:
     @cached_property
     def smallest(self) -> dict[str, int]:
         """What the forced blocks alone cost."""
-        return {cost: self.cut.spent(self.cut.forced, cost) for cost in ("parameters", "multiply_adds", "bytes")}
+        return {cost: self.cut.spent(self.cut.forced, cost) for cost in COSTS}
 
     def limits(self, device: Device, batch_size: int, copies: int, density: float | None = None) -> dict[str, int]:
         """What a kept set may spend on a device, by cost; nothing for a device without a budget.
