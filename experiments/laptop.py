@@ -51,7 +51,7 @@ TRIALS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[tuple[float, ...
         ("lr",),
         ((0.02,), (0.05,), (0.1,)),
     ),
-    "pfedgate_0.5": (FEW, ("lr", "gate_lr"), ((0.2, 0.1), (0.2, 1.0), (0.4, 0.1), (0.4, 1.0))),
+    "pfedgate_0.5": (FEW, ("lr", "gate_lr"), ((0.2, 0.1), (0.2, 1.0), (0.4, 0.1), (0.4, 1.0), (0.8, 0.1))),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -55,8 +56,10 @@ print("trained", dense, reply.nbytes, packet.nbytes, margin)
 
 
 def client(download: str, margin: int, more: int = 0) -> subprocess.CompletedProcess[str]:
+    """The margin is for tensors: each gets pages of its own, else holes in the heap count by chance."""
     return subprocess.run(
         [sys.executable, "-c", _CLIENT, download, str(margin), str(more)],
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)},
         capture_output=True,
         text=True,
         timeout=300,

@@ -20,7 +20,9 @@ from fedsparse.cost import forward_macs, kept_count, trace
 from fedsparse.errors import UserError
 from fedsparse.models import build_model
 from fedsparse.seeding import numpy_rng, torch_rng
+from fedsparse.sparse import blocks as blocks_module
 from fedsparse.sparse.blocks import GroupCut, structural_cut
+from fedsparse.sparse.channels import group_runs
 from fedsparse.sparse.choose import choose_blocks
 from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
 from fedsparse.sparse.cut import COSTS, Region
@@ -180,6 +182,33 @@ def test_costs_count_what_the_kept_set_uses(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_what_a_block_adds_is_the_difference_that_it_makes(name: str) -> None:
+    cut = make_cut(make_task(name), blocks_per_layer=5)
+    for kept, cost in itertools.product(masks(cut), COSTS):
+        added = cut.added(kept, cost)
+        for block in np.flatnonzero(~kept):
+            more = kept.copy()
+            more[block] = True
+            assert added[block] == cut.spent(more, cost) - cut.spent(kept, cost)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 3))
+def test_stretches_against_entry_by_entry(data: st.DataObject, sizes: list[int], repeats: int, span: int) -> None:
+    kept = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
+    runs = group_runs(kept, [0, *itertools.accumulate(sizes)], repeats, span)
+    one = [keep for keep, size in zip(kept, sizes, strict=True) for _ in range(size * span)]
+    want = [i for i, keep in enumerate(one * repeats) if keep]
+    if runs is None:
+        assert all(kept)
+        return
+    assert [i for first, end in runs.spans for i in range(first, end)] == want
+    assert runs.length == len(want)
+    assert [want[start] for start in runs.starts] == [first for first, _ in runs.spans]
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(runs.spans))  # adjacent ones are one
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_a_block_owns_rows_biases_and_norm_terms(name: str) -> None:
     """Its nominal size, from the slices of the layer and of the norm that follows."""
     task = make_task(name)
@@ -198,6 +227,26 @@ def test_a_block_owns_rows_biases_and_norm_terms(name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_compact_equals_masked_dense(name: str) -> None:
     """Outputs, statistics, gradients of weights and gates, and the weights after one SGD step."""
+    check_against_masked_dense(name)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("batch", [0, 10**9], ids=["outputs", "weights"])
+def test_gates_on_outputs_and_on_weights_give_the_same(name: str, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks_module, "_BATCH", batch)
+    cut = make_cut(make_task(name))
+    norms = {gated.name for gated in cut.outputs if "bn" in gated.name}
+    assert set(cut.folded) == ({gated.name for gated in cut.outputs} if batch else norms)
+    check_against_masked_dense(name)
+
+
+def test_the_gates_of_convolutions_act_on_their_weights_where_these_are_few() -> None:
+    """LeafCNN1: 25 and 800 weights a channel for 576 and 64 positions; 1,024 for the one output of a hidden unit."""
+    cut = structural_cut(build_model("leafcnn1", (1, 28, 28), 62), (1, 28, 28))
+    assert set(cut.folded) == {t.layer for t in cut.tensors if t.name.endswith("weight") and len(t.shape) == 4}
+
+
+def check_against_masked_dense(name: str) -> None:
     task = make_task(name)
     cut = make_cut(task)
     x, y = make_batch(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedsparse.errors import UserError
 from fedsparse.sparse import knapsack as module
 from fedsparse.sparse.knapsack import SOLVERS, knapsack, official_choice, solve
 
+Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
@@ -57,11 +59,21 @@ any_blocks = st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 40)), max_size=
 few_sizes = st.lists(st.tuples(st.floats(0.49, 0.51), st.sampled_from([5, 7, 12])), max_size=10)
 
 
+def searched(values: list[float] | Floats, sizes: list[int] | Ints, capacity: int) -> Bools:
+    """By the search, however few the solutions are."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_FEW", 0)
+        return knapsack(values, sizes, capacity)
+
+
+@pytest.mark.parametrize("solver", [knapsack, searched])
 @settings(max_examples=200, deadline=None)
 @given(st.one_of(blocks, any_blocks, few_sizes), st.integers(-3, 90))
-def test_as_good_as_the_best_of_all_subsets(items: list[tuple[float, int]], capacity: int) -> None:
+def test_as_good_as_the_best_of_all_subsets(
+    solver: Callable[..., Bools], items: list[tuple[float, int]], capacity: int
+) -> None:
     values, sizes = [v for v, _ in items], [s for _, s in items]
-    taken = knapsack(values, sizes, capacity)
+    taken = solver(values, sizes, capacity)
     assert taken.dtype == bool
     assert taken.shape == (len(items),)
     if capacity < 0:
@@ -69,7 +81,7 @@ def test_as_good_as_the_best_of_all_subsets(items: list[tuple[float, int]], capa
         return
     assert np.dot(taken, np.array(sizes, np.int64)) <= capacity
     assert np.dot(taken, np.array(values)) == pytest.approx(best_value(values, sizes, capacity), abs=1e-12)
-    np.testing.assert_array_equal(taken, knapsack(values, sizes, capacity))
+    np.testing.assert_array_equal(taken, solver(values, sizes, capacity))
 
 
 @pytest.mark.parametrize("first_window", [(3, 12, 256), (1, 1, 2)])
@@ -89,7 +101,7 @@ def test_as_good_as_a_table_over_capacities(
         sizes = rng.choice(rng.integers(5, largest, classes), n).astype(np.int64)
         values = VALUES[kind](rng, n, sizes)
         capacity = int(sizes.sum() * share)
-        taken = knapsack(values, sizes, capacity)
+        taken = searched(values, sizes, capacity)
         assert sizes[taken].sum() <= capacity
         best = table_value(values, sizes, capacity)
         assert values[taken].sum() == pytest.approx(best, rel=1e-13, abs=1e-12 * values.max())
@@ -101,7 +113,8 @@ def test_as_good_as_a_table_over_capacities(
 )
 def test_values_that_differ_in_the_last_bits_are_told_apart(items: list[tuple[int, int]], capacity: int) -> None:
     values, sizes = [0.5 + k * 2.0**-40 for k, _ in items], [s for _, s in items]  # sums of these are exact
-    assert values @ knapsack(values, sizes, capacity) == best_value(values, sizes, capacity)
+    best = best_value(values, sizes, capacity)
+    assert values @ knapsack(values, sizes, capacity) == values @ searched(values, sizes, capacity) == best
 
 
 def test_what_is_not_worth_its_price_does_not_lower_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,12 +124,14 @@ def test_what_is_not_worth_its_price_does_not_lower_the_bound(monkeypatch: pytes
     values += [0.12300536, 0.30415985, 0.74573851, 0.83892732, 0.44497195, 0.83822162, 0.75863022, 0.26192746]
     sizes = [933, 419, 555, 245, 419, 933, 245, 419, 245, 555, 933, 555, 245, 419, 933, 419]
     best = table_value(np.array(values), np.array(sizes), 906)
-    assert values @ knapsack(values, sizes, 906) == pytest.approx(best, abs=1e-12)
+    assert values @ searched(values, sizes, 906) == pytest.approx(best, abs=1e-12)
 
 
 def test_the_unit_of_the_values_does_not_matter() -> None:
     for scale in (1e-200, 1e200):
-        np.testing.assert_array_equal(knapsack([6 * scale, 5 * scale, 5 * scale], [6, 5, 5], 10), [False, True, True])
+        for solver in (knapsack, searched):
+            taken = solver([6 * scale, 5 * scale, 5 * scale], [6, 5, 5], 10)
+            np.testing.assert_array_equal(taken, [False, True, True])
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -304,7 +304,8 @@ class Account:
         """Of one kept set: densities, flops and multiply-adds per example, memory in bytes."""
         gated, size = self.gated, self.gated.gate_size if self.gate else 0
         gate_macs = gated.gate_macs if self.gate else 0
-        cut = None if gated.flat else gated.cut.densities(kept)  # dense kernels compute a flat cut in full
+        shares = gated.cut.densities(kept)
+        cut = None if gated.flat else shares  # dense kernels compute a flat cut in full
         memory = memory_bytes(
             gated.layers,
             self.batch_size,
@@ -318,7 +319,7 @@ class Account:
         macs = forward_macs(gated.layers, cut) + gate_macs
         return {
             "density_true": (gated.cut.spent(kept) + size) / gated.dense,
-            "density_nominal": nominal_density(gated.layers, gated.cut.densities(kept)) or 1.0,
+            "density_nominal": nominal_density(gated.layers, shares) or 1.0,
             "flops": train_flops(gated.layers, 1, cut) + 3 * 2 * gate_macs,  # the gate's norm needs input gradients
             "macs": macs,
             "forward_macs_max": macs,

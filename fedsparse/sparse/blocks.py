@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fedsparse.cost import trace
 from fedsparse.errors import UserError, unknown
-from fedsparse.sparse.channels import ChannelRegion, Selection, runs_of
+from fedsparse.sparse.channels import ChannelRegion, Runs, Selection, group_runs
 from fedsparse.sparse.compact import CompactModel, kept_values
 from fedsparse.sparse.cut import COSTS, Bools, Cut, Floats, Ints
 from fedsparse.sparse.graph import find_spaces
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 BLOCKS_PER_LAYER = 5  # the paper's split factor B
 MAX_BLOCK_FRAC = 0.05  # of the model; larger blocks leave the knapsack no choice
 ALIGN = 8  # channels: floats in a vector register
+_BATCH = 32  # examples; where a unit has fewer weights than outputs in a batch, those are scaled in their stead
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ class GroupCut(Cut):
         """By cost, (L + 1, L + 1): entry a, b is what two kept blocks cost together. Integers, exact in float64."""
         return {cost: self._members @ self._products(cost) @ self._members.T for cost in COSTS}
 
+    @cached_property
+    def _both_ways(self) -> dict[str, tuple[Floats, Floats]]:
+        """By cost, (L + 1, L + 1) what two kept blocks cost together in either order, and (L + 1,) each with itself."""
+        return {cost: (table + table.T, np.diagonal(table).copy()) for cost, table in self._tables.items()}
+
     def _products(self, cost: str) -> Floats:
         """(spaces + 1, spaces + 1): what a pair of kept units costs."""
         out = np.zeros((len(self.spaces) + 1, len(self.spaces) + 1))
@@ -178,6 +184,14 @@ class GroupCut(Cut):
         chosen = np.ones(self.blocks + 1)
         chosen[:-1] = kept
         return int(chosen @ self._tables[cost] @ chosen)
+
+    def added(self, kept: Bools, cost: str = "parameters") -> Floats:
+        _check_cost(cost)
+        chosen = np.ones(self.blocks + 1)
+        chosen[:-1] = kept
+        table, own = self._both_ways[cost]
+        more: Floats = (table @ chosen + own)[:-1]
+        return more
 
     def units_kept(self, kept: Bools) -> Ints:
         """(spaces,) how many units of each are kept."""
@@ -214,8 +228,8 @@ class GroupCut(Cut):
         marks = self._marks(tensor, touched)
         if marks.ndim == 1:
             return [self._region(tensor, marks, marks)] if marks.any() else []
-        patterns = np.unique(marks[marks.any(1)], axis=0)
-        return [self._region(tensor, (marks == pattern).all(1), pattern) for pattern in patterns]
+        patterns = sorted({row.tobytes(): row for row in marks[marks.any(1)]}.items())
+        return [self._region(tensor, (marks == pattern).all(1), pattern) for _, pattern in patterns]
 
     def _marks(self, tensor: CutTensor, by_part: np.ndarray) -> np.ndarray:
         """A tensor's share of a (parts,) array: (groups,) if it is cut along one dimension, else (groups, groups)."""
@@ -227,7 +241,9 @@ class GroupCut(Cut):
     def _region(self, tensor: CutTensor, rows: Bools, cols: Bools) -> ChannelRegion:
         """The part between groups of rows and groups of columns."""
         index = [
-            None if axis is None else runs_of(axis.along(np.repeat(marks, self.spaces[axis.space].sizes)))
+            None
+            if axis is None
+            else group_runs(marks.tolist(), self.spaces[axis.space].bounds, axis.repeats, axis.span)
             for axis, marks in zip(tensor.axes, (rows, cols), strict=True)
         ]
         return ChannelRegion(tensor.name, index[0], index[1])
@@ -259,26 +275,59 @@ class GroupCut(Cut):
 
     @cached_property
     def recurrent(self) -> tuple[str, ...]:
-        """The modules whose weights are scaled."""
+        """The modules whose weights are scaled since they feed saturating functions."""
         return tuple(dict.fromkeys(gated.name.rpartition(".")[0] for gated in self.weights_gated))
+
+    @cached_property
+    def folded(self) -> dict[str, tuple[Gated, ...]]:
+        """By module of ``outputs``, its rows and biases: scaling them gives the same outputs.
+
+        Only where that is less work: in norms, and where a unit has fewer weights than outputs in a batch.
+        """
+        own: dict[str, list[CutTensor]] = {gated.name: [] for gated in self.outputs}
+        for tensor in self.tensors:
+            if tensor.trainable and tensor.owner == 0 and tensor.layer in own:
+                own[tensor.layer].append(tensor)
+        found = {}
+        for name, tensors in own.items():
+            work = sum(t.numel // t.shape[0] for t in tensors)
+            if tensors and work <= max(2, _BATCH * max(t.uses for t in tensors)):
+                axes = ((t, t.axes[0]) for t in tensors)
+                found[name] = tuple(Gated(t.name, axis, len(t.shape) - 1) for t, axis in axes if axis is not None)
+        return found
+
+    @cached_property
+    def _entries(self) -> tuple[Ints, Ints]:
+        """The block of each entry of all ``scaled_axes``, one axis after the other, and (axes + 1,) where each begins.
+
+        What is kept of the entries is in the same order.
+        """
+        blocks = np.arange(self.blocks)
+        entries = [
+            axis.along(np.repeat(blocks[self.spaces[axis.space].members], self.spaces[axis.space].sizes))
+            for axis in self.scaled_axes
+        ]
+        return np.concatenate(entries), np.cumsum([0, *(len(e) for e in entries)])
+
+    @cached_property
+    def _axes(self) -> tuple[Axis, ...]:
+        """The distinct axes of all tensors."""
+        return tuple(dict.fromkeys(axis for t in self.tensors for axis in t.axes if axis is not None))
+
+    def _runs(self, axis: Axis, kept: Bools) -> Runs | None:
+        """The entries of an axis that a kept set uses; None: all of them."""
+        space = self.spaces[axis.space]
+        return group_runs(kept[space.members].tolist(), space.bounds, axis.repeats, axis.span)
 
     def select(self, kept: Bools) -> Selection:
         """The indices of a kept set."""
-        units = [np.repeat(kept[space.members], space.sizes) for space in self.spaces]
-        index = {
-            axis: runs_of(axis.along(units[axis.space])) for t in self.tensors for axis in t.axes if axis is not None
-        }
-        regions = []
-        for tensor in self.tensors:
-            rows, cols = (None if axis is None else index[axis] for axis in tensor.axes)
-            regions.append(ChannelRegion(tensor.name, rows, cols))
-        entries = []
-        for axis in self.scaled_axes:
-            space = self.spaces[axis.space]
-            blocks = space.first_block + np.flatnonzero(kept[space.members])
-            entries.append(axis.along(np.repeat(blocks, space.sizes[kept[space.members]])))
-        gate_index = torch.from_numpy(np.concatenate(entries))
-        return Selection(kept.copy(), tuple(regions), gate_index, tuple(len(e) for e in entries))
+        index: dict[Axis | None, Runs | None] = {axis: self._runs(axis, kept) for axis in self._axes}
+        index[None] = None
+        regions = tuple(ChannelRegion(t.name, index[t.axes[0]], index[t.axes[1]]) for t in self.tensors)
+        blocks, begins = self._entries
+        marks = kept[blocks]
+        sizes = np.add.reduceat(marks, begins[:-1], dtype=np.int64)
+        return Selection(kept.copy(), regions, torch.from_numpy(blocks[marks]), tuple(sizes.tolist()))
 
     def counts(self, kept: Bools) -> list[tuple[str, str, int]]:
         """(module, attribute, value) of what the modules have to be told of a kept set."""

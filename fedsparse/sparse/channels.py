@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsparse.sparse.cut import Bools
 
 Params = dict[str, Tensor]
+Values = NDArray[np.float32]
 _ALL = ((0, 0, -1),)  # the one stretch of a dimension that is not cut
 
 
@@ -39,14 +41,25 @@ class Runs:
             yield first, start, end - first
 
 
-def runs_of(marks: Bools) -> Runs | None:
-    """The stretches of what is marked; None when all of it is."""
-    if marks.all():
+def group_runs(kept: Sequence[bool], bounds: Sequence[int], repeats: int, span: int) -> Runs | None:
+    """The stretches of the entries of kept groups of units; None when all of them are.
+
+    bounds: (groups + 1,) first unit of each group, and the end. repeats, span: see
+    :class:`fedsparse.sparse.spaces.Axis`.
+    """
+    if all(kept):
         return None
-    edges = np.flatnonzero(np.diff(marks, prepend=False, append=False)).tolist()
-    spans = tuple(zip(edges[::2], edges[1::2], strict=True))
+    units = bounds[-1]
+    places = [(first, end) for keep, first, end in zip(kept, bounds[:-1], bounds[1:], strict=True) if keep]
+    spans: list[tuple[int, int]] = []
+    for start in range(0, repeats * units, units):
+        for first, end in places:
+            if spans and spans[-1][1] == span * (start + first):
+                spans[-1] = (spans[-1][0], span * (start + end))
+            else:
+                spans.append((span * (start + first), span * (start + end)))
     ends = tuple(accumulate(end - first for first, end in spans))
-    return Runs(spans, (0, *ends[:-1]) if ends else (), ends[-1] if ends else 0)
+    return Runs(tuple(spans), (0, *ends[:-1]) if ends else (), ends[-1] if ends else 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +76,7 @@ class ChannelRegion:
             return tensor
         part = tensor.new_empty(self.shape(tensor.shape))
         for inside, outside in self._pieces(part, tensor):
-            inside.copy_(outside)
+            inside[...] = outside
         return part
 
     def put_(self, tensor: Tensor, part: Tensor) -> None:
@@ -73,14 +86,17 @@ class ChannelRegion:
                 tensor.copy_(part)
             return
         for inside, outside in self._pieces(part, tensor):
-            outside.copy_(inside)
+            outside[...] = inside
 
-    def _pieces(self, part: Tensor, whole: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The contiguous blocks of the part, each with its place in the whole."""
+    def _pieces(self, part: Tensor, whole: Tensor) -> Iterator[tuple[Values, Values]]:
+        """The contiguous blocks of the part, each with its place in the whole.
+
+        As NumPy views, which are made and copied in half the time of PyTorch's.
+        """
+        inside, outside = part.detach().numpy(), whole.detach().numpy()
         for a, b, n in _ALL if self.rows is None else self.rows.pairs:
-            inside, outside = (part, whole) if n < 0 else (part.narrow(0, b, n), whole.narrow(0, a, n))
             for c, d, m in _ALL if self.cols is None else self.cols.pairs:
-                yield (inside, outside) if m < 0 else (inside.narrow(1, d, m), outside.narrow(1, c, m))
+                yield inside[_cut(b, n, d, m)], outside[_cut(a, n, c, m)]
 
     def shape(self, whole: Sequence[int]) -> tuple[int, ...]:
         """The part's shape, given that of the tensor."""
@@ -89,6 +105,12 @@ class ChannelRegion:
             if runs is not None:
                 shape[dim] = runs.length
         return tuple(shape)
+
+
+def _cut(row: int, rows: int, col: int, cols: int) -> tuple[slice, ...]:
+    """The index of a block: so many rows and columns from there on, -1 = all of them."""
+    first = slice(None) if rows < 0 else slice(row, row + rows)
+    return (first,) if cols < 0 else (first, slice(col, col + cols))
 
 
 @dataclass(frozen=True, eq=False)

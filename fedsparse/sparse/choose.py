@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from fedsparse.sparse.cut import Bools, Cut, Floats, Ints
+from fedsparse.sparse.cut import Bools, Cut, Floats
 from fedsparse.sparse.knapsack import solve
 
 
@@ -60,25 +60,13 @@ def _fill_(cut: Cut, kept: Bools, importance: Floats, limits: Mapping[str, int])
     """
     waiting = np.flatnonzero(~kept)
     waiting = waiting[np.argsort(-importance[waiting], kind="stable")]
-    while len(waiting):
+    while True:
         for cost, limit in limits.items():
-            waiting = waiting[_least(cut, cost)[waiting] <= limit - cut.spent(kept, cost)]
-        for i, block in enumerate(waiting):
-            kept[block] = True
-            if _fits(cut, kept, limits):
-                waiting = waiting[i + 1 :]
-                break
-            kept[block] = False
-        else:
+            waiting = waiting[cut.added(kept, cost)[waiting] <= limit - cut.spent(kept, cost)]
+        if not len(waiting):
             return
-
-
-@lru_cache(maxsize=64)
-def _least(cut: Cut, cost: str) -> Ints:
-    """(L,) what each block adds to the forced ones: it never adds less, whatever else is kept."""
-    start = cut.spent(cut.forced, cost)
-    one = np.eye(cut.blocks, dtype=bool)
-    return np.array([cut.spent(cut.forced | own, cost) - start for own in one], np.int64)
+        kept[waiting[0]] = True
+        waiting = waiting[1:]
 
 
 @lru_cache(maxsize=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,9 +65,10 @@ class CompactModel(Working):
         parts = torch.split(gates.index_select(0, self._selection.gate_index), list(self._selection.gate_sizes))
         scale = dict(zip(self._cut.scaled_axes, parts, strict=True))
         tensors = dict(self._tensors)
-        for gated in self._cut.weights_gated:
+        for gated in (*self._cut.weights_gated, *chain(*self._cut.folded.values())):
             tensors[gated.name] = tensors[gated.name] * scale[gated.axis].view(-1, *[1] * gated.trailing)
-        hooks = {g.name: _Scaling(scale[g.axis].view(-1, *[1] * g.trailing)) for g in self._cut.outputs}
+        outputs = (g for g in self._cut.outputs if g.name not in self._cut.folded)
+        hooks = {g.name: _Scaling(scale[g.axis].view(-1, *[1] * g.trailing)) for g in outputs}
         heads = {g.name: scale[g.axis].view(-1, 1, 1) for g in self._cut.attentions}
         model = self._task.model
         with (

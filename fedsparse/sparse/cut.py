@@ -60,6 +60,10 @@ class Cut(ABC):
         """What a kept set really costs, parts outside all blocks included."""
 
     @abstractmethod
+    def added(self, kept: Bools, cost: str = "parameters") -> Floats:
+        """(L,) by how much each block that is not kept would make a kept set cost more; whole numbers."""
+
+    @abstractmethod
     def densities(self, kept: Bools) -> Mapping[str, tuple[float, float]]:
         """The kept set as ``fedsparse.cost`` takes it: layer -> (density of its weight, density of its outputs)."""
 

@@ -141,6 +141,9 @@ class FlatCut(Cut):
             return blocks + self.other_macs
         return blocks + (_BYTES * self.buffer_count + math.ceil(self.blocks / 8) if cost == "bytes" else 0)
 
+    def added(self, kept: Bools, cost: str = "parameters") -> Floats:
+        return self.weights(cost).astype(np.float64)
+
     def densities(self, kept: Bools) -> Mapping[str, tuple[float, float]]:
         """Outputs are never smaller: dropped biases and norm terms do not show here, but in :meth:`spent`."""
         sizes = [sum(tensor.sizes) for tensor in self.tensors]

@@ -6,12 +6,13 @@ numbers, first small ones in the sizes where they cost the relaxed value least (
 Res. 45, 1997). Combinations that are dominated, or whose relaxed bound is too low, are dropped; the windows grow until
 the bound shows that nothing outside them can pay. Where values are nearly equal, as in an untrained gate, that bound is
 weak: then the number of blocks gets a price (a Lagrange multiplier), or the sets of fewer and those of more blocks are
-searched one after the other.
+searched one after the other. Where there are few solutions all of them are compared, which is faster still.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,7 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 SOLVERS = ("exact", "greedy_value", "greedy_ratio")
+_FEW = 4096  # solutions; so many are compared in less time than a search takes to set up
 _SAME = 1e-13  # of the largest value: sums of the same values in another order differ by less
 _REACH, _SIZES, _WIDTH = 8, 16, 128  # the first window: change of a count, sizes, combinations kept
 _GROW = 8  # times as large is the next one
@@ -201,8 +203,21 @@ def _cheapest(items: _Items, capacity: int, limit: int, low: float, high: float,
     return left if left.bound < right.bound + near else right  # the left one has enough blocks
 
 
+def _compare(items: _Items, capacity: int) -> Ints:
+    """(sizes,) the same as :func:`_solve`, by comparing all solutions; of equal ones the first in lexical order."""
+    totals, rooms = np.zeros(1), np.full(1, capacity)
+    for start, end in itertools.pairwise(items.starts.tolist()):
+        gains = np.concatenate([[0.0], np.cumsum(items.values[start:end])])
+        totals = np.add.outer(totals, gains).ravel()
+        rooms = np.subtract.outer(rooms, np.arange(end - start + 1) * items.sizes[start]).ravel()
+    best = int(np.argmax(np.where(rooms >= 0, totals, -1.0)))
+    return np.array(np.unravel_index(best, np.diff(items.starts) + 1))
+
+
 def _solve(items: _Items, capacity: int) -> Ints:
     """(sizes,) how many blocks of each size an optimal set has."""
+    if math.prod((np.diff(items.starts) + 1).tolist()) <= _FEW:
+        return _compare(items, capacity)
     top = float(items.values.max())
     most = int(np.searchsorted(np.cumsum(items.sizes), capacity, side="right"))  # no set has more blocks
     root = _relax(items, capacity, most, 0.0)
