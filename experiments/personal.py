@@ -1,7 +1,7 @@
 """The tables of personal accuracy in RESULTS.md: local, FedAvg, FedAvg-FT, pFedGate and the narrow dense controls.
 
     python experiments/personal.py tune  wisdm [mnist femnist]   # 8 log-uniform trials a method, validation data
-    python experiments/personal.py final wisdm [mnist femnist]   # seeds 0, 1, 2 with the rates in the experiment's file
+    python experiments/personal.py final wisdm [mnist femnist]   # with the rates in the file; --seeds 0 1 2
     python experiments/personal.py table wisdm [mnist femnist]   # Markdown of what `final` wrote
 
 Each run is the ``fedsparse run`` command that the table names. Results are kept in ``experiments/results/``.
@@ -99,18 +99,23 @@ def set_rates(dataset: str, best: dict[str, dict[str, float]]) -> None:
 # --- the runs of a table ---------------------------------------------------------------------------------------------
 
 
-def final(dataset: str) -> None:
-    """All runs of a data set's table, seed by seed."""
-    found: list[dict[str, Any]] = []
-    for seed in SEEDS:
+def final(dataset: str, seeds: Sequence[int]) -> None:
+    """All runs of a data set's table, seed by seed; those of other seeds that the file has stay in it."""
+    kept = HERE / "results" / f"{dataset}_final.json"
+    found: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
+    found = [e for e in found if e["seed"] not in seeds]
+    for seed in seeds:
         shares: dict[float, dict[str, float]] = {}
+        dense: dict[str, float] = {}
         for method in METHODS:
             found.append(entry(dataset, method, seed, [f"method={method}", f"seed={seed}"]))
+            if method == "local":
+                dense = found[-1]["all"]
             if method == "pfedgate":
                 shares = {t["tier"]: t for t in found[-1]["tiers"] if t["tier"] != 1.0}
         for method, equal in CONTROLS:
             for tier, cost in shares.items():
-                share = round(cost["density"] if equal == "parameters" else cost["macs"] / found[0]["all"]["macs"], 4)
+                share = round(cost["density"] if equal == "parameters" else cost["macs"] / dense["macs"], 4)
                 settings = [f"method={method}", f"seed={seed}", f"narrow={equal}", f"narrow_to={share}"]
                 found.append(entry(dataset, method, seed, settings, control=equal, of_tier=tier))
         write(f"{dataset}_final", found)
@@ -172,7 +177,7 @@ def table(dataset: str) -> None:
         print_row([name, "all" if tier is None else f"{tier:g}", *scores, *costs])
     print()
     for e in found:
-        if e["seed"] == 0:
+        if e["seed"] == found[0]["seed"]:
             print(f"    {e['command']}")
 
 
@@ -194,7 +199,7 @@ def lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, float | None, list
 
 def spread(cells: list[dict[str, Any]], name: str) -> str:
     values = [c[name] for c in cells]
-    return f"{np.mean(values):.3f} ± {np.std(values, ddof=1) if len(values) > 1 else 0:.3f}"
+    return f"{np.mean(values):.3f}" + (f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else "")
 
 
 def write(name: str, content: Any) -> None:
@@ -211,12 +216,15 @@ def main() -> None:
     parser.add_argument(
         "--methods", default=",".join(METHODS), help="for tune: which methods, the others' rates are kept"
     )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="for final")
     args = parser.parse_args()
     for dataset in args.datasets:
         if args.what == "tune":
             tune(dataset, args.methods.split(","))
+        elif args.what == "final":
+            final(dataset, args.seeds)
         else:
-            {"final": final, "table": table}[args.what](dataset)
+            table(dataset)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,8 @@ class GatedClient(SgdClient):
     gate_lr, gate_clip: learning rate and gradient clip of the gate; momentum and weight decay are shared.
     branches: "separate" (auto) or "shared" (auto in mode official); share_pre_norm: separate branches share their first
     norm. gate_pool: pool the gate's input to that many positions a side, 0 = not. gate_pre_norm, gate_post_norm,
-    gate_bound: the gate's layers. gate_input: "batch", or "client" for the mean of all local inputs.
+    gate_bound: the gate's layers. gate_start: about what M is before the gate is trained, in (0, 1). gate_input:
+    "batch", or "client" for the mean of all local inputs.
     blocks_per_layer, max_block_frac, least, uncut: the cut. cost: what the knapsack counts, "auto" = what the budget
     limits. solver: of the knapsack. straight_through: "full" (auto in mode paper) or "kept".
     mask_scope: a kept set for each "batch", each "round" (chosen at the end of the client's last one) or each "client"
@@ -185,6 +186,7 @@ class GatedClient(SgdClient):
     gate_pre_norm: str = "switch"
     gate_post_norm: str = "batch"
     gate_bound: str = "sigmoid"
+    gate_start: float = 0.5
     gate_input: str = "batch"
     blocks_per_layer: int = BLOCKS_PER_LAYER
     max_block_frac: float = MAX_BLOCK_FRAC
@@ -262,6 +264,7 @@ class GatedClient(SgdClient):
             pre_norm=self.gate_pre_norm,
             post_norm=self.gate_post_norm,
             bound=self.gate_bound,
+            start=self.gate_start,
         )
         keep = self.uncut == "keep"
         return Layout(self.mode, self.blocks_per_layer, self.max_block_frac, self.least, keep, gate)

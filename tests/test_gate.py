@@ -239,6 +239,27 @@ def test_an_untrained_gate_is_near_one_half() -> None:
             assert ((values > 0.45) & (values < 0.55)).all()
 
 
+@pytest.mark.parametrize("post", ["batch", "layer", "none"])
+def test_gates_start_where_they_are_told_to(post: str) -> None:
+    x = torch.randn(64, 1, 28, 28, generator=torch_rng("x"))
+    scale, importance = Gate((1, 28, 28), 40, torch_rng(0), GateOptions(start=0.9, post_norm=post))(x)
+    assert ((scale > 0.8) & (scale < 0.95)).all()
+    assert ((importance > 0.4) & (importance < 0.6)).all()  # the order of blocks is the business of the other branch
+    middle = Gate((1, 28, 28), 40, torch_rng(0), GateOptions(post_norm=post))(x)
+    assert torch.equal(importance, middle[1])
+    shared = Gate((1, 28, 28), 40, torch_rng(0), GateOptions("shared", start=0.9, post_norm=post))(x)
+    assert torch.equal(shared[0], scale)
+    assert torch.equal(shared[0], shared[1])
+
+
+def test_a_start_must_be_inside_the_range_of_a_sigmoid() -> None:
+    for start in (0.0, 1.0, float("nan")):
+        with pytest.raises(UserError, match=r"gate_start must be in \(0, 1\)"):
+            GateOptions(start=start)
+    with pytest.raises(UserError, match='gate_start needs gate_bound = "sigmoid"'):
+        GateOptions(start=0.9, bound="none")
+
+
 # --- inputs ----------------------------------------------------------------------------------------------------------
 
 

@@ -155,6 +155,7 @@ def test_the_gate_learns_and_is_remembered() -> None:
         {"gate_post_norm": "none"},
         {"gate_post_norm": "layer"},
         {"gate_bound": "none"},
+        {"gate_start": 0.9},
         {"gate_input": "client"},
         {"score_noise": 0.3},
         {"score_smoothing": 0.5},

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsparse.errors import unknown
+from fedsparse.errors import UserError, unknown
 
 BRANCHES = ("separate", "shared")
 PRE_NORMS = ("switch", "none")
 POST_NORMS = ("batch", "layer", "none")
 BOUNDS = ("sigmoid", "none")
 _EPS = 1e-5
+_MIDDLE = 0.5  # of a sigmoid
 _KEEP = 0.9  # of the running statistics at each training batch; they start at 0, as in the official code
 
 
@@ -119,6 +120,7 @@ class GateOptions:
     branches share the first norm, and start as copies of one another (the official code's ``seperate_trans = 1``).
     pool: images and series are averaged to that many positions a side before all else, 0 = not; the gate shrinks with
     them. pre_norm, post_norm, bound: the layers before and after the linear one and what ends it (the paper's Table 2).
+    start: about what M is at first, in (0, 1); the paper's gates start at 0.5, which halves every layer's outputs.
     vocabulary: number of tokens, 0 for numeric input.
     """
 
@@ -128,6 +130,7 @@ class GateOptions:
     pre_norm: str = "switch"
     post_norm: str = "batch"
     bound: str = "sigmoid"
+    start: float = _MIDDLE
     vocabulary: int = 0
 
     def __post_init__(self) -> None:
@@ -135,6 +138,10 @@ class GateOptions:
         for name, words in allowed.items():
             if getattr(self, name) not in words:
                 raise unknown(f"gate {name.replace('_', '-')}", getattr(self, name), words)
+        if not 0 < self.start < 1:
+            raise UserError(f"gate_start must be in (0, 1), got {self.start}")
+        if self.start != _MIDDLE and self.bound != "sigmoid":
+            raise UserError(f'gate_start needs gate_bound = "sigmoid", got {self.bound!r}')
 
 
 class Branch(nn.Module):
@@ -153,6 +160,12 @@ class Branch(nn.Module):
         self.bias = nn.Parameter(torch.empty(blocks).uniform_(-bound, bound, generator=generator))
         self.post_norm = _post_norm(options.post_norm, blocks)
         self.bounded = options.bound == "sigmoid"
+
+    def shift_(self, by: float) -> None:
+        """Add to all logits."""
+        last: Tensor = getattr(self.post_norm, "bias", self.bias)
+        with torch.no_grad():
+            last.add_(by)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normed inputs (n, *input_shape) -> (L,): the mean over the batch of each example's values."""
@@ -189,6 +202,7 @@ class Gate(nn.Module):
             self.importance = self._branch(blocks, generator, options, norm)
             if options.share_pre_norm:
                 self.importance.load_state_dict(self.scale.state_dict())
+        self.scale.shift_(math.log(options.start / (1 - options.start)))
 
     def _norm(self) -> SwitchNorm | None:
         return SwitchNorm(self.input_shape[0], spatial=len(self.input_shape) > 1) if self.normed else None

@@ -1,8 +1,8 @@
 """Parts of tensors by whole channels or hidden units: where they lie, how they are taken and put back.
 
-The outputs of a kept group are scaled by its gate, which equals scaling its rows and biases (pFedGate, arXiv
-2305.02776, eq. 6, with the gates of a block tied), so no mask-sized tensor exists. Dropped rows and columns are in no
-kernel, no gradient and no optimiser step: an untouched weight keeps its bits.
+The outputs of a kept group are scaled by its gate, or its rows and biases where these are fewer, which is the same
+(pFedGate, arXiv 2305.02776, eq. 6, with the gates of a block tied), so no mask-sized tensor exists. Dropped rows and
+columns are in no kernel, no gradient and no optimiser step: an untouched weight keeps its bits.
 """
 
 from __future__ import annotations
