@@ -48,6 +48,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "local": ("method=local",),
     **{f"pfedgate_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]") for s in (1.0, *SHARES)},
     **{f"pfedgate_macs_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]", "budget.of=multiply_adds") for s in SHARES},
+    "pfedgate_client_0.3": ("method=pfedgate", "budget.tiers=[0.3]", "method.mask_scope=client", "method.lr=0.2"),
     # gates that start at one half, as the paper's, with the best of the rates that were tried for such
     "pfedgate_from_half_0.3": ("method=pfedgate", "budget.tiers=[0.3]", "method.gate_start=0.5", "method.lr=0.8"),
     **{f"official_{s:g}": (*OFFICIAL, f"budget.tiers=[{s:g}]") for s in SHARES},
@@ -59,7 +60,7 @@ CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|(
 # Tuning: the settings of the short runs on validation data, and what is tried in them. ft_lr 0 is lr itself.
 FEW = ("rounds=15", "evaluate.every=15", "fraction=0.1", "evaluate.fraction=0.3")
 AS_LONG = ("partition.max_clients=6", "fraction=1.0", "rounds=20", "evaluate.every=20")  # the epochs of a whole run
-TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float], ...]]] = {
+TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float | str], ...]]] = {
     "fedavg_ft": (
         FEW,
         (
@@ -74,6 +75,8 @@ TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float], ...]]] = {
             *({"lr": lr, "gate_lr": gate_lr} for lr in (0.2, 0.4) for gate_lr in (0.1, 1.0)),
             {"lr": 0.8, "gate_lr": 0.1},
             *({"lr": lr, "gate_lr": 0.1, "gate_start": 0.9} for lr in (0.1, 0.2)),
+            {"mask_scope": "client", "lr": 0.8},
+            {"gate_start": 0.9, "lr": 0.2, "gate_lr": 0.1, "mask_scope": "client"},
         ),
     ),
 }

@@ -117,8 +117,20 @@ def final(dataset: str, seeds: Sequence[int]) -> None:
             for tier, cost in shares.items():
                 share = round(cost["density"] if equal == "parameters" else cost["macs"] / dense["macs"], 4)
                 settings = [f"method={method}", f"seed={seed}", f"narrow={equal}", f"narrow_to={share}"]
-                found.append(entry(dataset, method, seed, settings, control=equal, of_tier=tier))
+                found.append(control(dataset, method, seed, settings, control=equal, of_tier=tier))
         write(f"{dataset}_final", found)
+
+
+def control(dataset: str, method: str, seed: int, settings: list[str], **extra: Any) -> dict[str, Any]:
+    """A narrow control; where the wide model's rate is too large for it, with half of it, as the command then says."""
+    try:
+        return entry(dataset, method, seed, settings, **extra)
+    except fedsparse.ClientError as error:
+        if "training loss is" not in str(error) and "not finite" not in str(error):
+            raise
+        lr = float(load_experiment(HERE / f"{dataset}_personal.toml", settings).hyper["lr"]) / 2
+        print(f"  {error}; again with lr {lr:g}")
+        return entry(dataset, method, seed, [*settings, f"method.lr={lr:g}"], **extra)
 
 
 def entry(dataset: str, method: str, seed: int, settings: Sequence[str], **extra: Any) -> dict[str, Any]:
