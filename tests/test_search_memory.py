@@ -10,7 +10,7 @@ import sys
 import pytest
 
 _SEARCH = """
-import gc, json, sys, tracemalloc
+import gc, json, tracemalloc
 import torch
 from torch.profiler import ProfilerActivity, profile
 from fedsparse.sparse import executor
@@ -23,7 +23,6 @@ from fedsparse.sparse.pruning import at_random
 from fedsparse.task import Split, Task
 
 torch.set_num_threads(1)
-executor.SEARCH_PIECE = int(sys.argv[1]) or executor.SEARCH_PIECE
 task = Task(build_model("resnet18", (3, 32, 32), 10), (3, 32, 32), 10, seed=0)
 sizes, rng = prunable(task).sizes, torch_rng("mask")
 mask = {n: at_random(sizes[n], k, rng) for n, k in kept_counts(task, 0.01, "nominal", "uniform").items()}
@@ -61,35 +60,30 @@ def allocated(counts):  # NumPy's by tracemalloc, PyTorch's by its profiler: the
             most = max(most, now)
     return peak, most
 
-for wanted in ({}, counts):
-    search(wanted), allocated(wanted), peak_resident(wanted)  # kernels are compiled, buffers of libraries are there
-numpy, torch_ = (b - a for a, b in zip(allocated({}), allocated(counts)))
-rss = min(peak_resident(counts) for _ in range(3)) - min(peak_resident({}) for _ in range(3))
-print(json.dumps({"weights": total, "found": sum(counts.values()), "counted": numpy + torch_, "resident": rss}))
+def added():  # by a search to the peak of the pass, counted and resident
+    wholes = [[*allocated(wanted), peak_resident(wanted)] for wanted in ({}, counts)]
+    numpy, torch_, rss = (b - a for a, b in zip(*wholes))
+    return {"counted": numpy + torch_, "resident": rss}
+
+with profile(activities=[ProfilerActivity.CPU], profile_memory=True):
+    search({}), search(counts)  # kernels are compiled, buffers of libraries are there
+found = {"weights": total, "found": sum(counts.values()), "pieces": added()}
+executor.SEARCH_PIECE = 2**30
+search(counts)
+print(json.dumps({**found, "whole": added()}))
 """
-
-
-def search(piece: int) -> dict[str, int]:
-    """What a search adds to the peak, in bytes, by counting allocations and by the process's resident set.
-
-    piece: weights whose gradients exist at a time, 0 = as it is.
-    """
-    command = [sys.executable, "-c", _SEARCH, str(piece)]
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}  # what is freed goes back to the system
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, int] = json.loads(done.stdout)
-    assert 4 * found["weights"] > 33e6
-    assert found["found"] > 25_000
-    return found
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
 def test_a_search_in_the_last_stage_of_resnet18_takes_less_than_3_mb() -> None:
     """Of 25,166 gradients among 8.4 million weights, whose dense gradient has 33.6 MB; that of a layer has 9.4."""
-    found = search(0)
-    assert found["counted"] < 3e6
-    assert found["resident"] < 3e6
-    whole = search(2**30)  # with a layer's gradient at once: both ways of measuring see it
-    assert whole["counted"] > 9e6
-    assert whole["resident"] > 6e6
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**16)}  # what is freed goes back to the system
+    done = subprocess.run(
+        [sys.executable, "-c", _SEARCH], env=env, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    assert 4 * seen["weights"] > 33e6
+    assert seen["found"] > 25_000
+    assert max(seen["pieces"].values()) < 3e6
+    assert min(seen["whole"].values()) > 9e6  # with a layer's gradient at once: both ways of measuring see it
