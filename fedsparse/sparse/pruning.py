@@ -2,9 +2,9 @@
 
 Sources: ER and ERK densities: Mocanu et al. 2018 (arXiv 1707.04780) and Evci et al. 2020 (RigL, arXiv 1911.11134);
 saliency: SNIP (Lee et al., ICLR 2019, arXiv 1810.02340); synaptic flow and the schedule of its steps: SynFlow (Tanaka
-et al., NeurIPS 2020, arXiv 2006.05467); candidates, schedule and regrowth: FedTiny (Huang et al., ICDCS 2023, arXiv 2212.01977) and its first author's code
-(Little0o0/FedML, branch fedlottery, 4d03aff), without the latter's errors. Of equal magnitudes the lowest position
-wins.
+et al., NeurIPS 2020, arXiv 2006.05467); candidates, schedule and regrowth: FedTiny (Huang et al., ICDCS 2023, arXiv
+2212.01977) and its first author's code (Little0o0/FedML, branch fedlottery, 4d03aff), without the latter's errors. Of
+equal magnitudes the lowest position wins.
 """
 
 from __future__ import annotations
