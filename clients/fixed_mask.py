@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsparse.client import Memory, Metrics, SgdClient, training_facts
-from fedsparse.globalmask import masked_costs, receive
-from fedsparse.masked import score_masked
+from fedsparse.client import Memory, Metrics, SgdClient
+from fedsparse.fixedmask import evaluate_masked, train_masked
 from fedsparse.packet import Packet
 from fedsparse.task import Client, Task
 
@@ -20,12 +19,7 @@ class FixedMaskClient(SgdClient):
     def train(
         self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
     ) -> tuple[Packet, Memory]:
-        got = receive(task, packet, memory)
-        fit = self.fit(task, client, got.params, rng, mask=got.mask)
-        costs = masked_costs(task, got.mask, samples=fit.samples, batch=self.batch_size, copies=self.copies)
-        return Packet("update", fit.params, {**training_facts(client, fit), **costs}), got.memory
+        return train_masked(self, task, client, packet, memory, rng)
 
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
-        got = receive(task, packet, memory)
-        score = score_masked(task, got.params, got.mask, client.held_out)
-        return {"personal": score, "global": score}
+        return evaluate_masked(task, client, packet, memory)

@@ -21,7 +21,15 @@ from fedsparse.errors import UserError, unknown
 from fedsparse.packet import Packet, Scalar
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.positions import pack_positions, unpack_positions
-from fedsparse.sparse.pruning import DENSITY_KINDS, LAYER_DENSITIES, Counts, largest, layer_counts, weight_budget
+from fedsparse.sparse.pruning import (
+    DENSITY_KINDS,
+    LAYER_DENSITIES,
+    Counts,
+    Groups,
+    largest,
+    layer_counts,
+    weight_budget,
+)
 from fedsparse.task import Device, Params, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
@@ -66,14 +74,14 @@ def prunable(task: Task) -> Prunable:
     return Prunable(layers, weights, dense, cost.trainable_count(reference))
 
 
-def check_densities(density: float, kind: str, family: str) -> None:
+def check_densities(density: float, kind: str, family: str, families: Sequence[str] = LAYER_DENSITIES) -> None:
     """Raise UserError for a density outside (0, 1], and for names that are not known."""
     if not 0 < density <= 1:
         raise UserError(f"density must be in (0, 1], got {density}")
     if kind not in DENSITY_KINDS:
         raise unknown("density_kind", kind, DENSITY_KINDS)
-    if family not in LAYER_DENSITIES:
-        raise unknown("layer_densities", family, LAYER_DENSITIES)
+    if family not in families:
+        raise unknown("layer_densities", family, families)
 
 
 def kept_counts(task: Task, density: float, kind: str, family: str) -> Counts:
@@ -81,13 +89,26 @@ def kept_counts(task: Task, density: float, kind: str, family: str) -> Counts:
 
     Raises UserError for a density that is not possible, and for a model without such layers (but at density 1).
     """
+    budget, names = _budget(task, density, kind), prunable(task).weights
+    return layer_counts({name: task.shapes[name] for name in names}, family, budget) if names else {}
+
+
+def ranked_groups(task: Task, density: float, kind: str, family: str) -> Groups:
+    """Which layers are ranked together, and what they keep together: all of them for the family "global", else each
+    alone with its :func:`kept_counts`. Raises UserError for the same."""
+    if family != "global":
+        return {(name,): k for name, k in kept_counts(task, density, kind, family).items()}
+    names = tuple(prunable(task).weights)
+    budget = _budget(task, density, kind)
+    return {names: budget} if names else {}
+
+
+def _budget(task: Task, density: float, kind: str) -> int:
     model = prunable(task)
     budget = weight_budget(density, model.sizes, kind=kind, dense=model.dense, total=model.total)
-    if not model.weights:
-        if density == 1:
-            return {}
+    if not model.weights and density < 1:
         raise UserError("the model has nothing to prune: its first convolution and last linear layer stay dense")
-    return layer_counts({name: task.shapes[name] for name in model.weights}, family, budget)
+    return budget
 
 
 def strongest(task: Task, params: Mapping[str, Tensor], mask: Mask, counts: Mapping[str, int]) -> tuple[Params, Mask]:

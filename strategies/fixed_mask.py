@@ -8,48 +8,27 @@ nor sent, nor updated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import ClassVar
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from fedsparse.errors import unknown
-from fedsparse.globalmask import SharedMask, check_densities, kept_counts, masked_packet
-from fedsparse.packet import Packet
+from fedsparse.fixedmask import FixedMaskStrategy
+from fedsparse.globalmask import check_densities, kept_counts
 from fedsparse.seeding import torch_rng
-from fedsparse.sparse.masks import compact
-from fedsparse.sparse.mean import WeightedMean
+from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.pruning import at_random, largest
-from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
-from fedsparse.task import Device, Params, Task
+from fedsparse.task import Params, Task
 
 CRITERIA = ("random", "magnitude")
 
 
-@dataclass(frozen=True, kw_only=True)
-class FixedMaskState(State):
-    """``params`` are compact under ``shared.mask``."""
-
-    shared: SharedMask
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.params, **self.shared.tensors()}
-
-
 @dataclass
-class FixedMask(FederatedStrategy):
-    """The weighted mean of compact models.
+class FixedMask(FixedMaskStrategy):
+    """The mask of a criterion at given layer densities.
 
-    density: of every client's model, in (0, 1]; density_kind: "nominal" (of the weights that may be pruned) or "true"
-    (of all trainable scalars). layer_densities: "uniform", "er" or "erk". criterion: "random", or "magnitude" of the
-    initial weights within each layer.
+    layer_densities: "uniform", "er" or "erk". criterion: "random", or "magnitude" of the initial weights within each
+    layer.
     """
 
-    client: ClassVar[str] = "fixed_mask"
-    masked: ClassVar[bool] = True
-    density: float = 0.1
-    density_kind: str = "nominal"
     layer_densities: str = "erk"
     criterion: str = "random"
 
@@ -58,27 +37,7 @@ class FixedMask(FederatedStrategy):
         if self.criterion not in CRITERIA:
             raise unknown("criterion", self.criterion, CRITERIA)
 
-    def init(self, task: Task, devices: Sequence[Device]) -> State:
-        params = task.init_params()
-        shared = SharedMask.first(self._mask(task, params), task, devices)
-        return FixedMaskState(compact(params, shared.mask), shared=shared)
-
-    def broadcast(self, state: State, device: Device) -> Packet:
-        assert isinstance(state, FixedMaskState)
-        return masked_packet("train", state.params, state.shared, device)
-
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
-        return misfit(reply, "update", state.params)
-
-    def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
-        assert isinstance(state, FixedMaskState)
-        mean, seen = WeightedMean(), []
-        for reply in replies:
-            mean.add(reply.packet.tensors, reply.weight)
-            seen.append(reply.device.id)
-        return replace(state, params=mean.result(state.params), shared=state.shared.held_by(seen))
-
-    def _mask(self, task: Task, params: Params) -> dict[str, Tensor]:
+    def find_mask(self, task: Task, params: Params) -> Mask:
         counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
         if self.criterion == "magnitude":
             return {name: largest(params[name], k) for name, k in counts.items()}

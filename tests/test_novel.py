@@ -32,7 +32,7 @@ from fedsparse.seeding import torch_rng
 from fedsparse.sgd import sgd
 from fedsparse.strategy import FederatedStrategy, Plan
 from fedsparse.task import Client, Score, Split, Task
-from tests.helpers import norm_task, small_clients, small_task
+from tests.helpers import norm_task, small_clients, small_split, small_task
 
 NOVEL = (1, 4)
 METHODS = method_names()
@@ -57,6 +57,7 @@ def run_novel(
     method: str, task: Task, clients: tuple[Client, ...], *, workers: int = 1, own: bool = False, **plan: Any
 ) -> Done:
     strategy = build(load_method(method), {"batch_size": 8})
+    strategy.server_data = small_split(12, "server")  # for the methods that need some
     with LocalGrid(client_app(task, clients.__getitem__), len(clients), workers=workers, own_replies=own) as grid:
         devices = [c.device for c in clients]
         plan = {"seed": 7, "novel": NOVEL, "on_over_budget": "record", **plan}

@@ -1,15 +1,16 @@
-"""Which weights are kept: layer densities, criteria, FedTiny's noisy candidates, prune and regrow.
+"""Which weights are kept: layer densities, criteria, pruning in steps, FedTiny's noisy candidates, prune and regrow.
 
 Sources: ER and ERK densities: Mocanu et al. 2018 (arXiv 1707.04780) and Evci et al. 2020 (RigL, arXiv 1911.11134);
-candidates, schedule and regrowth: FedTiny (Huang et al., ICDCS 2023, arXiv 2212.01977) and its first author's code
-(Little0o0/FedML, branch fedlottery, 4d03aff), without the latter's errors. Of equal magnitudes the lowest position
-wins.
+saliency: SNIP (Lee et al., ICLR 2019, arXiv 1810.02340); synaptic flow and the schedule of its steps: SynFlow (Tanaka
+et al., NeurIPS 2020, arXiv 2006.05467); candidates, schedule and regrowth: FedTiny (Huang et al., ICDCS 2023, arXiv
+2212.01977) and its first author's code (Little0o0/FedML, branch fedlottery, 4d03aff), without the latter's errors. Of
+equal magnitudes the lowest position wins.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -17,12 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsparse.errors import UserError, unknown
-from fedsparse.sparse.masks import carry
+from fedsparse.sparse.masks import Mask, carry, spread
 
 Shapes = Mapping[str, tuple[int, ...]]
 Counts = dict[str, int]
+Groups = Mapping[tuple[str, ...], int]  # layers that are ranked together -> weights that they keep together
 
 LAYER_DENSITIES = ("uniform", "er", "erk")
+RANKINGS = ("global", *LAYER_DENSITIES)  # over all layers together, or within each at its own density
 DENSITY_KINDS = ("nominal", "true")
 GRANULARITIES = ("block", "layer", "entire")
 ORDERS = ("backward", "forward")
@@ -112,6 +115,95 @@ def largest(values: Tensor, k: int) -> Tensor:
 def at_random(size: int, k: int, rng: torch.Generator) -> Tensor:
     """``k`` of ``size`` positions, each set as likely: (k,) int32, ascending."""
     return torch.randperm(size, generator=rng)[:k].sort().values.int()
+
+
+def largest_together(scores: Mapping[str, Tensor], k: int) -> dict[str, Tensor]:
+    """The ``k`` scores of largest magnitude of all layers together: name -> (kept,) int32 flat positions, ascending.
+
+    The largest score of each layer is among them, so that no layer is emptied; ties: first layer, lowest position.
+    Raises UserError for a ``k`` below the number of layers.
+    """
+    if k < len(scores):
+        raise UserError(f"{k} kept weights leave nothing in some of {len(scores)} layers")
+    flat = torch.cat([s.detach().abs().reshape(-1) for s in scores.values()])  # (weights of all layers,)
+    bounds = np.cumsum([0, *(s.numel() for s in scores.values())]).tolist()
+    for start, score in zip(bounds, scores.values(), strict=False):
+        flat[start + int(largest(score, 1))] = math.inf
+    kept = largest(flat, k)
+    cuts = torch.searchsorted(kept, torch.tensor(bounds, dtype=torch.int32)).tolist()
+    parts = zip(scores, bounds, cuts, cuts[1:], strict=False)
+    return {name: kept[a:b] - start for name, start, a, b in parts}
+
+
+# --- masks before training -------------------------------------------------------------------------------------------
+
+
+def saliency(weights: Tensor, gradients: Tensor) -> Tensor:
+    """abs(w * dL/dw), elementwise: the change of the loss with a mask variable of w at 1 (SNIP, eqs. 4 and 5).
+
+    Without SNIP's division by the sum, which changes no rank.
+    """
+    return (weights * gradients).abs()
+
+
+def synaptic_flow(
+    output: Callable[[Mapping[str, Tensor]], Tensor], params: Mapping[str, Tensor], kept: Mask
+) -> dict[str, Tensor]:
+    """w * dR/dw of the kept weights, name -> (kept,) float64, at least 0 (SynFlow, Algorithm 1).
+
+    R is the sum of ``output``: the network's for an input of ones, from the float64 tensors that it is given. They are
+    the magnitudes of ``params``, 0 where a weight of a layer in ``kept`` is not kept. Biases and running means are 0:
+    with them the scores of a layer would not add up to R (the paper's conservation).
+    """
+    own = {name: _magnitudes(name, t) for name, t in params.items()}
+    for name, at in kept.items():
+        own[name] = spread(own[name].reshape(-1)[at.long()], at, tuple(params[name].shape)).requires_grad_()
+    weights = [own[name] for name in kept]
+    with torch.enable_grad():
+        grads = torch.autograd.grad(output(own).sum(), weights, materialize_grads=True)
+    flows = zip(kept.items(), weights, grads, strict=True)
+    return {name: (w.detach() * g).reshape(-1)[at.long()] for (name, at), w, g in flows}
+
+
+def _magnitudes(name: str, tensor: Tensor) -> Tensor:
+    """abs(t) in float64, zeros for a bias or a running mean; what is not a float as it is."""
+    if not tensor.is_floating_point():
+        return tensor
+    short = name.rpartition(".")[2]
+    size = tensor.detach().double().abs()
+    return torch.zeros_like(size) if "bias" in short or short == "running_mean" else size
+
+
+def prune_in_steps(
+    score: Callable[[Mask], Mapping[str, Tensor]], sizes: Mapping[str, int], groups: Groups, steps: int
+) -> dict[str, Tensor]:
+    """The mask that keeps what ``groups`` ask for: name -> (kept,) int32 positions of every layer in ``sizes``.
+
+    After step i of n a group keeps size * density ** (i / n) weights (SynFlow, Algorithm 1): those of largest
+    score among those still kept (:func:`largest_together`). score: the mask so far -> (kept,) scores of each layer.
+    Raises UserError where scores are not finite, or all 0.
+    """
+    kept = {name: torch.arange(size, dtype=torch.int32) for name, size in sizes.items()}
+    if sum(groups.values()) == sum(sizes.values()):
+        return kept
+    for step in range(1, steps + 1):
+        scores = score(kept)
+        check_scores(scores)
+        for names, final in groups.items():
+            size = sum(sizes[name] for name in names)
+            count = round(size * (final / size) ** (step / steps))
+            chosen = largest_together({name: scores[name] for name in names}, count)
+            kept |= {name: kept[name][at.long()] for name, at in chosen.items()}
+    return kept
+
+
+def check_scores(scores: Mapping[str, Tensor]) -> None:
+    """Raise UserError for scores by which nothing can be ranked: not finite, or all 0."""
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise UserError(f"the scores of {name!r} are not finite (NaN or infinite)")
+    if not any(bool(values.any()) for values in scores.values()):
+        raise UserError("the scores of all weights are 0: nothing to rank them by")
 
 
 # --- FedTiny's candidates --------------------------------------------------------------------------------------------
