@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 EXPERIMENT ?= experiments/digits_pfedgate.toml
 METHODS ?= pfedgate fedavg local
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SETUP := pyproject.toml constraints.txt
 
@@ -23,7 +24,7 @@ run: $(VENV)/.installed ## install, train pFedGate, FedAvg and local models on t
 	echo "== compare"; $(BIN)/fedsparse compare $$folders
 
 test: $(VENV)/.installed-dev ## install what the tests need, run them
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 check: $(VENV)/.installed-dev ## lint, formatting, types, import rules
 	$(BIN)/ruff check

@@ -28,7 +28,7 @@ from fedsparse.seeding import numpy_rng
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 2)
 METHODS = ("local", "fedavg", "fedavg_ft", "pfedgate")
-RATES = "# the best of 8 trials on validation data, written by `experiments/personal.py tune`"
+RATES = "# the best of the trials on validation data, written by `experiments/personal.py tune`"
 SECOND = {"pfedgate": ("gate_lr",), "fedavg_ft": ("ft_lr",)}  # drawn together with lr
 TRIALS = 8
 LOW = {"lr": 0.01, "gate_lr": 0.02, "ft_lr": 0.001}
@@ -55,21 +55,21 @@ def command(name: str, settings: Sequence[str]) -> str:
 # --- tuning ----------------------------------------------------------------------------------------------------------
 
 
-def trials(method: str) -> Iterator[dict[str, float]]:
+def trials(method: str, number: int) -> Iterator[dict[str, float]]:
     """Log-uniform draws, the same for every data set."""
     rng = numpy_rng("tune", method)
     names = ["lr", *SECOND.get(method, ())]
-    for _ in range(TRIALS):
+    for _ in range(number):
         yield {n: round(float(np.exp(rng.uniform(np.log(LOW[n]), np.log(HIGH[n])))), 4) for n in names}
 
 
-def tune(dataset: str, methods: Sequence[str] = METHODS) -> None:
+def tune(dataset: str, methods: Sequence[str], number: int) -> None:
     """Mean personal accuracy on validation data for each trial; nothing sees test data."""
     kept = HERE / "results" / f"{dataset}_tune.json"
     found: dict[str, list[dict[str, float]]] = json.loads(kept.read_text()) if kept.exists() else {}
     for method in methods:
         found[method] = []
-        for trial in trials(method):
+        for trial in trials(method, number):
             settings = [f"method={method}", "evaluate.split=validation", *(f"method.{k}={v}" for k, v in trial.items())]
             start = time.perf_counter()
             try:
@@ -228,11 +228,12 @@ def main() -> None:
     parser.add_argument(
         "--methods", default=",".join(METHODS), help="for tune: which methods, the others' rates are kept"
     )
+    parser.add_argument("--trials", type=int, default=TRIALS, help="for tune: the first so many of the draws")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="for final")
     args = parser.parse_args()
     for dataset in args.datasets:
         if args.what == "tune":
-            tune(dataset, args.methods.split(","))
+            tune(dataset, args.methods.split(","), args.trials)
         elif args.what == "final":
             final(dataset, args.seeds)
         else:

@@ -194,6 +194,14 @@ def test_clients_takes_the_first_natural_clients_and_max_clients_the_first_kept(
     )
 
 
+def test_a_note_names_ten_clients_and_counts_the_others() -> None:
+    x = np.arange(13 * 5 + 60)[:, None]
+    dataset = make_dataset("users", x, x[:, 0] % 2, client=np.repeat(np.arange(14), [5] * 13 + [60]))
+    (note,) = federate(dataset, PartitionConfig(min_test=1), 0).notes
+    names = ", ".join(map(str, range(10)))
+    assert note == f"13 clients dropped for fewer than 10 training or no test examples: {names} and 3 more"
+
+
 # Splits
 
 

@@ -23,6 +23,7 @@ from fedsparse.task import Split
 
 _SCHEMES = ("auto", "iid", "dirichlet", "pathological", "natural")
 _DEFAULT_CLIENTS = 10
+_MOST_NAMES = 10  # of clients in a note
 _LOWEST = {
     "clients": 0,
     "classes_per_client": 1,
@@ -347,7 +348,10 @@ def _keep(dataset: Dataset, config: PartitionConfig, shares: Sequence[_Shares], 
 
 
 def _named(clients: Sequence[str], what: str) -> str:
-    return f"{len(clients)} client{'s' if len(clients) > 1 else ''} {what}: {', '.join(clients)}"
+    """A note on some clients, by name as far as a reader may want that."""
+    more = len(clients) - _MOST_NAMES
+    names = ", ".join(clients[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return f"{len(clients)} client{'s' if len(clients) > 1 else ''} {what}: {names}"
 
 
 def _novel(clients: int, share: float, seed: int) -> tuple[int, ...]:
