@@ -22,7 +22,13 @@ from tests.helpers import dropout_task, norm_task, small_clients, small_task
 
 METHODS = method_names()
 TASKS = {"mlp": small_task, "batch norm": norm_task}
-SPARSE = ("pfedgate", "fixed_mask", "fedtiny")  # keep to a density of 0.6 by default
+SPARSE: dict[str, dict[str, Any]] = {  # keep to a density of 0.6, with these hyper-parameters
+    "pfedgate": {},
+    "fixed_mask": {},
+    "fedtiny": {},
+    "feddst": {},
+    "prunefl": {"start": "magnitude"},  # by default one client trains the dense model first
+}
 
 
 def halves(name: str, **hyper: Any) -> tuple[FederatedStrategy, FederatedClient]:
@@ -54,7 +60,9 @@ def run_method(
 
 
 def test_all_methods_of_this_version_are_discovered() -> None:
-    assert {"local", "fedavg", "fedavg_ft", "fedprox", "pfedgate", "fixed_mask", "fedtiny"} <= set(METHODS)
+    assert {"local", "fedavg", "fedavg_ft", "fedprox", "pfedgate", "fixed_mask", "fedtiny", "feddst", "prunefl"} <= set(
+        METHODS
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -142,7 +150,7 @@ def start_of(name: str, task: Task) -> tuple[Any, dict[int, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_true_density_is_reported_and_sparse_methods_keep_to_their_budget(name: str) -> None:
-    _, _, reports = run_method(name, small_task(), budget=0.6)
+    _, _, reports = run_method(name, small_task(), budget=0.6, **SPARSE.get(name, {}))
     rows = [row for report in reports for row in report["rows"] if row["bytes_up"] is not None]
     assert rows
     dense = name not in SPARSE
@@ -153,7 +161,7 @@ def test_true_density_is_reported_and_sparse_methods_keep_to_their_budget(name: 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_exceeded_budget_stops_the_run_by_default(name: str) -> None:
     clients, task = small_clients(2, 0.6), small_task()
-    strategy, _ = halves(name)
+    strategy, _ = halves(name, **SPARSE.get(name, {}))
     with LocalGrid(client_app(task, clients.__getitem__), 2, own_replies=False) as grid:
         rounds = strategy.rounds(grid, 1, task=task, devices=[c.device for c in clients])
         if name in SPARSE:

@@ -105,7 +105,5 @@ def largest_of_all(values: Mapping[str, Tensor], kept: Mask, budget: int) -> dic
     return {name: kept[name][part] for name, part in zip(values, chosen, strict=True)}
 
 
-def _ascending(
-    a: np.ndarray[tuple[int], np.dtype[np.int32]], b: np.ndarray[tuple[int], np.dtype[np.int64]]
-) -> Tensor:
+def _ascending(a: np.ndarray[tuple[int], np.dtype[np.int32]], b: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Tensor:
     return torch.from_numpy(np.sort(np.concatenate([a, b])).astype(np.int32))
