@@ -64,11 +64,6 @@ class Rule:
         new = largest_of_all(values, kept, self.budget)
         return folded(task, params, {n: carry(values[n], kept[n], new[n]) for n in new}, new)
 
-    def words(self, task: Task) -> tuple[dict[str, Tensor], dict[str, Scalar]]:
-        """The rule as a packet's tensors and scalars."""
-        times = torch.tensor([self.times[name] for name in prunable(task).sizes], dtype=torch.float64)
-        return {"times": times}, {"fixed": self.fixed, "budget": self.budget}
-
     @staticmethod
     def read(task: Task, packet: Packet) -> Rule:
         """The rule that chooses the size, from a packet."""
@@ -183,7 +178,8 @@ def initial_pruning(
     rule's budget at the end is cut by magnitude.
     """
     mask: dict[str, Tensor] = {}
-    layers, model = prunable(task).layers, prunable(task)
+    model = prunable(task)
+    layers = model.layers
     endless = chain.from_iterable(batches(len(data), batch_size, 1, rng) for _ in repeat(None))
     flops = macs = losses = 0.0
     steps = samples = calm = 0

@@ -79,7 +79,7 @@ def sgd(
     steps = samples = 0
     total = 0.0
     task.model.train(True)
-    with network(task, own, mask or {}, squares and squares.shows) as model:
+    with network(task, own, mask or {}, squares.shows if squares else None) as model:
         for batch in order:
             loss = task.criterion(model(data.x[batch]), data.y[batch])
             grads = torch.autograd.grad(loss, leaves)

@@ -29,11 +29,12 @@ SPARSE: dict[str, dict[str, Any]] = {  # keep to a density of 0.6, with these hy
     "feddst": {},
     "prunefl": {"start": "magnitude"},  # by default one client trains the dense model first
 }
+QUICK: dict[str, dict[str, Any]] = {"prunefl": {"initial_steps": 20, "initial_every": 5}}
 
 
 def halves(name: str, **hyper: Any) -> tuple[FederatedStrategy, FederatedClient]:
     method = load_method(name)
-    strategy = build(method, hyper)
+    strategy = build(method, {**QUICK.get(name, {}), **hyper})
     return strategy, method.client(**strategy.client_config)
 
 

@@ -133,9 +133,7 @@ def test_a_training_in_parts_is_the_whole_training() -> None:
         whole = half.fit(task, client, task.init_params(), torch_rng(1))
         order, moments = list(batches(len(client.train), 8, 3, torch_rng(1))), []
         first = half.fit(task, client, task.init_params(), torch_rng(1), order=order[:4], moments=moments)
-        last = half.fit(
-            task, client, first.params, torch_rng(1), order=order[4:], moments=moments, done=first.steps
-        )
+        last = half.fit(task, client, first.params, torch_rng(1), order=order[4:], moments=moments, done=first.steps)
         assert all(torch.equal(whole.params[n], last.params[n]) for n in whole.params)
 
 
@@ -309,7 +307,7 @@ def test_positions_outside_are_refused() -> None:
 
 def test_values_that_are_not_finite_name_the_client() -> None:
     task, clients = norm_task(), small_clients(2)
-    strategy, half = dst(density=0.05, **FAST)
+    strategy, _ = dst(density=0.05, **FAST)
     train = FedDSTClient.train
 
     def broken(self: Any, task: Task, client: Client, *rest: Any) -> Any:

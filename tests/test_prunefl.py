@@ -22,7 +22,6 @@ from fedsparse.globalmask import prunable, receive
 from fedsparse.masked import SquaredGradients
 from fedsparse.method import build, load_method
 from fedsparse.packet import Packet, decode
-from fedsparse.reconfigure import Rule
 from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import sgd
@@ -72,7 +71,12 @@ def one_round(
 
 
 def greedy(
-    stay: dict[str, list[int]], squares: dict[str, list[float]], times: dict[str, float], c: float, rest: float, most: int
+    stay: dict[str, list[int]],
+    squares: dict[str, list[float]],
+    times: dict[str, float],
+    c: float,
+    rest: float,
+    most: int,
 ) -> dict[str, set[int]]:
     """One weight after the other, as the paper words it."""
     chosen = {name: set(at) for name, at in stay.items()}
@@ -469,10 +473,3 @@ def test_a_pruned_model_that_does_not_fit_is_refused(damage: str, message: str) 
         at = torch.tensor(positions[damage], dtype=torch.int32)
         tensors[LAYER], tensors[f"mask/{LAYER}"] = torch.zeros(len(at)), pack_positions(at, size)
     assert message in strategy.complaint(task, state, replace(reply, tensors=tensors))
-
-
-def test_a_rule_survives_its_words() -> None:
-    task = norm_task()
-    rule = Rule({LAYER: 1 / 3}, 0.7, 12)
-    tensors, scalars = rule.words(task)
-    assert Rule.read(task, Packet("prune", tensors, scalars)) == rule

@@ -21,7 +21,7 @@ from fedsparse.sparse.pruning import largest
 
 def prunable_share(most: float, half_life: float, turn: int) -> float:
     """The share of each layer's kept weights, those of smallest magnitude, that may go: most * 0.5 ** (turn / life)."""
-    return most * 0.5 ** (turn / half_life)
+    return most * math.pow(0.5, turn / half_life)
 
 
 def untouchable(values: Mapping[str, Tensor], kept: Mask, share: float) -> dict[str, Tensor]:
