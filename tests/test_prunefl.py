@@ -473,3 +473,21 @@ def test_a_pruned_model_that_does_not_fit_is_refused(damage: str, message: str) 
         at = torch.tensor(positions[damage], dtype=torch.int32)
         tensors[LAYER], tensors[f"mask/{LAYER}"] = torch.zeros(len(at)), pack_positions(at, size)
     assert message in strategy.complaint(task, state, replace(reply, tensors=tensors))
+
+
+@pytest.mark.parametrize("variant", ["adaptive", "top"])
+def test_layers_that_are_full_and_layers_that_are_not_change_places(variant: str) -> None:
+    """ERK at this density keeps all weights of the first stage, which are then in no mask."""
+    from tests.test_fedtiny import stages_task
+
+    task, clients, memories = stages_task(), small_clients(2), {}
+    strategy, half = prune(density=0.2, variant=variant, delta_r=1)
+    state = begin(strategy, task, clients)
+    sizes, seen = prunable(task).sizes, []
+    for _ in range(3):
+        _, state = one_round(strategy, half, task, state, clients, memories)
+        seen.append({n: len(state.shared.mask[n]) if n in state.shared.mask else k for n, k in sizes.items()})
+        assert all(t.shape == task.shapes[n] for n, t in state.params.items() if n not in state.shared.mask)
+        assert sum(seen[-1].values()) <= state.budget and min(seen[-1].values()) > 0
+    assert "layer1.0.conv1.weight" not in begin(strategy, task, clients).shared.mask
+    assert (seen[0] == seen[2]) == (variant == "top")
