@@ -35,7 +35,7 @@ from fedsparse.sparse.pruning import exchange_count, exchange_share, largest
 from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Task
 
-STARTS = ("magnitude", "random")
+INITIALS = ("magnitude", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,28 +49,28 @@ class FedDSTState(ChangingState):
 class FedDST(ChangingMask):
     """One global sparse model of constant layer densities whose mask the clients propose.
 
-    start: the first mask, "magnitude" (of the initial weights) or "random". alpha: share of a layer's kept weights that
-    each client exchanges at first, in (0, 1]. delta_r: 0 = a thirtieth of all rounds, at most 15; r_stop: 0 = half of
-    all rounds.
+    initial: the first mask, "magnitude" (of the initial weights) or "random". alpha: share of a layer's kept weights
+    that each client exchanges at first, in (0, 1]. delta_r: 0 = a thirtieth of all rounds, at most 15; r_stop: 0 = half
+    of all rounds.
     """
 
     client: ClassVar[str] = "feddst"
     interval: ClassVar[int] = 15
     parts: ClassVar[int] = 2
-    start: str = "magnitude"
+    initial: str = "magnitude"
     alpha: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start not in STARTS:
-            raise unknown("start", self.start, STARTS)
+        if self.initial not in INITIALS:
+            raise unknown("initial", self.initial, INITIALS)
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
 
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         params = task.init_params()
         counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
-        shared = SharedMask.first(first_mask(task, params, counts, self.start), task, devices)
+        shared = SharedMask.first(first_mask(task, params, counts, self.initial), task, devices)
         none = counts_row({}, prunable(task).weights)
         return FedDSTState(compact(params, shared.mask), shared=shared, grow=none)
 

@@ -38,7 +38,7 @@ from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Task
 
 VARIANTS = ("adaptive", "top")
-STARTS = ("client", "magnitude", "random")
+INITIALS = ("client", "magnitude", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class PruneFL(ChangingMask):
 
     density: with "adaptive" the largest one, with "top" that of the model. variant: "adaptive", the paper's: the size
     too is chosen, by squared gradient per time; "top", as later papers have it: every weight takes the same time and
-    each layer keeps its number, those of largest squared gradient come. start: "client" (the paper's initial pruning,
+    each layer keeps its number, those of largest squared gradient come. initial: "client" (the paper's initial pruning,
     which trains the *dense* model at the client of largest budget), "magnitude" (of the initial weights), "random".
     max_dec: share of a layer's kept weights, the smallest, that may go, in [0, 1), halved every ``half_life`` rounds.
     fixed_time: of a round without prunable weights, over that of all of them. transmission: share of sending in the
@@ -68,7 +68,7 @@ class PruneFL(ChangingMask):
     preparation: ClassVar[tuple[str, ...]] = ("prune",)
     interval: ClassVar[int] = 50
     variant: str = "adaptive"
-    start: str = "client"
+    initial: str = "client"
     max_dec: float = 0.3
     half_life: float = 10_000.0
     fixed_time: float = 0.7
@@ -77,7 +77,7 @@ class PruneFL(ChangingMask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value, known in (("variant", self.variant, VARIANTS), ("start", self.start, STARTS)):
+        for name, value, known in (("variant", self.variant, VARIANTS), ("initial", self.initial, INITIALS)):
             if value not in known:
                 raise unknown(name, value, known)
         check_positive(half_life=self.half_life, fixed_time=self.fixed_time)
@@ -91,13 +91,13 @@ class PruneFL(ChangingMask):
 
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         params, mask = task.init_params(), {}
-        if self.start != "client":
+        if self.initial != "client":
             counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
-            mask = first_mask(task, params, counts, self.start)
+            mask = first_mask(task, params, counts, self.initial)
         shared = SharedMask.first(mask, task, devices)
         return PruneFLState(
             compact(params, shared.mask),
-            stage="prune" if self.start == "client" else "train",
+            stage="prune" if self.initial == "client" else "train",
             shared=shared,
             times=self._times(task),
             budget=most_weights(task, self.density, self.density_kind),
@@ -107,7 +107,11 @@ class PruneFL(ChangingMask):
         return [roomiest(cohort)] if state.stage == "prune" else cohort
 
     def notes(self, task: Task, devices: Sequence[Device]) -> tuple[str, ...]:
-        return ('start = "client": one client trains the dense model before round 1',) if self.start == "client" else ()
+        return (
+            ('initial = "client": one client trains the dense model before round 1',)
+            if self.initial == "client"
+            else ()
+        )
 
     def _times(self, task: Task) -> torch.Tensor:
         """(layers,) float64: the time of one weight of each layer; all weights together take 1."""

@@ -27,7 +27,7 @@ SPARSE: dict[str, dict[str, Any]] = {  # keep to a density of 0.6, with these hy
     "fixed_mask": {},
     "fedtiny": {},
     "feddst": {},
-    "prunefl": {"start": "magnitude"},  # by default one client trains the dense model first
+    "prunefl": {"initial": "magnitude"},  # by default one client trains the dense model first
 }
 QUICK: dict[str, dict[str, Any]] = {"prunefl": {"initial_steps": 20, "initial_every": 5}}
 

@@ -65,11 +65,11 @@ def one_round(
 # --- reductions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["random", "magnitude"])
+@pytest.mark.parametrize("initial", ["random", "magnitude"])
 @pytest.mark.parametrize("hyper", [{}, ALL], ids=["plain", "all"])
-def test_without_readjustment_it_is_a_fixed_mask(start: str, hyper: dict[str, float]) -> None:
-    fixed, first, _ = run_method("fixed_mask", norm_task(), criterion=start, density=0.2, **hyper)
-    never, second, _ = run_method("feddst", norm_task(), start=start, density=0.2, r_stop=1, **hyper)
+def test_without_readjustment_it_is_a_fixed_mask(initial: str, hyper: dict[str, float]) -> None:
+    fixed, first, _ = run_method("fixed_mask", norm_task(), criterion=initial, density=0.2, **hyper)
+    never, second, _ = run_method("feddst", norm_task(), initial=initial, density=0.2, r_stop=1, **hyper)
     assert digest(fixed.state, first) == digest(never.state, second)
 
 
@@ -250,7 +250,7 @@ def test_only_a_readjustment_carries_a_mask_up() -> None:
     [
         ({"density": 2.0}, r"density must be in \(0, 1\], got 2.0"),
         ({"alpha": 0.0}, r"alpha must be in \(0, 1\], got 0"),
-        ({"start": "snip"}, "unknown start 'snip'"),
+        ({"initial": "snip"}, "unknown initial 'snip'"),
         ({"adjust_at": 0.0}, r"adjust_at must be in \(0, 1\], got 0"),
         ({"adjust_at": 1.1}, r"adjust_at must be in \(0, 1\], got 1.1"),
         ({"layer_densities": "erks"}, "unknown layer_densities 'erks'; did you mean 'erk'"),

@@ -40,7 +40,7 @@ LAYER = "fc1.weight"
 
 
 def prune(**hyper: Any) -> tuple[PruneFL, PruneFLClient]:
-    strategy, half = halves("prunefl", batch_size=8, **{"start": "magnitude", **hyper})
+    strategy, half = halves("prunefl", batch_size=8, **{"initial": "magnitude", **hyper})
     assert isinstance(strategy, PruneFL) and isinstance(half, PruneFLClient)
     return strategy, half
 
@@ -197,18 +197,18 @@ def test_looking_at_gradients_changes_no_bit_of_the_training() -> None:
 # --- reductions ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("start", ["random", "magnitude"])
-def test_without_reconfiguration_it_is_a_fixed_mask(start: str) -> None:
+@pytest.mark.parametrize("initial", ["random", "magnitude"])
+def test_without_reconfiguration_it_is_a_fixed_mask(initial: str) -> None:
     how = {"density": 0.2, "momentum": 0.9, "weight_decay": 0.01}
-    fixed, first, _ = run_method("fixed_mask", norm_task(), criterion=start, **how)
-    never, second, _ = run_method("prunefl", norm_task(), start=start, r_stop=1, **how)
+    fixed, first, _ = run_method("fixed_mask", norm_task(), criterion=initial, **how)
+    never, second, _ = run_method("prunefl", norm_task(), initial=initial, r_stop=1, **how)
     assert digest(fixed.state, first) == digest(never.state, second)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_at_density_one_the_variant_of_constant_size_is_fedavg(task: str) -> None:
     avg, _, first = run_method("fedavg", TASKS[task]())
-    full, memories, second = run_method("prunefl", TASKS[task](), density=1.0, variant="top", start="random")
+    full, memories, second = run_method("prunefl", TASKS[task](), density=1.0, variant="top", initial="random")
     assert digest(avg.state, {}) == digest(full.state, {})
     assert not memories and [r["accuracy"] for r in first] == [r["accuracy"] for r in second]
 
@@ -247,7 +247,7 @@ def test_a_reconfiguration_is_the_rule_on_means_weighted_by_examples() -> None:
 @pytest.mark.parametrize("variant", ["adaptive", "top"])
 def test_the_size_stays_within_the_density_and_constant_where_promised(variant: str) -> None:
     strategy, _, reports = run_method(
-        "prunefl", norm_task(), rounds=5, start="magnitude", variant=variant, delta_r=1, density=0.1
+        "prunefl", norm_task(), rounds=5, initial="magnitude", variant=variant, delta_r=1, density=0.1
     )
     state = strategy.state
     assert isinstance(state, PruneFLState) and state.adjustments == 4
@@ -258,12 +258,12 @@ def test_the_size_stays_within_the_density_and_constant_where_promised(variant: 
         assert min(densities) == max(densities) == int(0.1 * size) / size
 
 
-@pytest.mark.parametrize("start", ["client", "random"])
-def test_one_digest_for_any_number_of_workers_while_the_mask_changes(start: str) -> None:
+@pytest.mark.parametrize("initial", ["client", "random"])
+def test_one_digest_for_any_number_of_workers_while_the_mask_changes(initial: str) -> None:
     digests = set()
     for workers in (1, 2):
         strategy, memories, _ = run_method(
-            "prunefl", norm_task(), workers=workers, rounds=4, delta_r=1, start=start, **SHORT
+            "prunefl", norm_task(), workers=workers, rounds=4, delta_r=1, initial=initial, **SHORT
         )
         digests.add(digest(strategy.state, memories))
     assert len(digests) == 1
@@ -299,7 +299,7 @@ def test_a_mask_that_was_full_in_between_does_not_count_as_held() -> None:
 
 
 def test_one_client_prunes_the_dense_model_before_round_one() -> None:
-    strategy, _, reports = run_method("prunefl", norm_task(), rounds=2, start="client", density=0.1, **SHORT)
+    strategy, _, reports = run_method("prunefl", norm_task(), rounds=2, initial="client", density=0.1, **SHORT)
     first, second = reports[0], reports[1]
     assert [(r["stage"], r["round"]) for r in reports] == [("prune", 0), ("train", 1), ("train", 2)]
     assert len(first["rows"]) == 1 and len(second["rows"]) > 1
@@ -308,13 +308,13 @@ def test_one_client_prunes_the_dense_model_before_round_one() -> None:
     layers = prunable(norm_task()).layers
     assert 0 < row["flops"] < train_flops(layers, 24 * 8) * 2
     assert all(r["density_nominal"] <= 0.1 for r in second["rows"] if r["bytes_up"] is not None)
-    assert strategy.notes(norm_task(), []) == ('start = "client": one client trains the dense model before round 1',)
+    assert strategy.notes(norm_task(), []) == ('initial = "client": one client trains the dense model before round 1',)
 
 
 def test_the_client_of_largest_budget_is_asked_and_an_exceeded_one_stops_the_run() -> None:
     task, clients = norm_task(), list(small_clients(3, 0.3))
     clients[1] = replace(clients[1], device=replace(clients[1].device, budget=Budget(density=0.5)))
-    strategy, _ = prune(start="client", **SHORT)
+    strategy, _ = prune(initial="client", **SHORT)
     state = begin(strategy, task, tuple(clients))
     assert [d.id for d in strategy.invited(state, [c.device for c in clients])] == [1]
     with LocalGrid(client_app(task, clients.__getitem__), 3, own_replies=False) as grid:
@@ -326,7 +326,7 @@ def test_the_client_of_largest_budget_is_asked_and_an_exceeded_one_stops_the_run
 def test_the_initial_pruning_waits_for_the_accuracy_and_is_cut_to_the_density() -> None:
     task, clients = norm_task(), small_clients(1)
     for above, share in ((0.0, 0.6), (99.0, 0.6)):  # pruned step by step; never begun, so cut at once
-        strategy, half = prune(start="client", density=0.05, **{**SHORT, "above_chance": above, "max_dec": share})
+        strategy, half = prune(initial="client", density=0.05, **{**SHORT, "above_chance": above, "max_dec": share})
         state = begin(strategy, task, clients)
         replies, after = one_round(strategy, half, task, state, clients, {})
         assert after.stage == "train" and len(after.shared.mask[LAYER]) <= after.budget
@@ -337,7 +337,7 @@ def test_the_initial_pruning_waits_for_the_accuracy_and_is_cut_to_the_density() 
 
 def test_the_initial_pruning_ends_when_the_size_is_calm() -> None:
     task, clients = small_task(), small_clients(1)
-    strategy, half = prune(start="client", density=1.0, initial_steps=400, initial_every=4, above_chance=0.0)
+    strategy, half = prune(initial="client", density=1.0, initial_steps=400, initial_every=4, above_chance=0.0)
     strategy.max_dec = 0.0  # nothing may go: calm from the first change on
     replies, _ = one_round(strategy, half, task, begin(strategy, task, clients), clients, {})
     assert replies[0].packet.scalars["samples"] <= 5 * 4 * 8
@@ -388,7 +388,7 @@ def test_dense_gradients_count_in_bytes_flops_and_memory() -> None:
     [
         ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
         ({"variant": "adaptiv"}, "unknown variant 'adaptiv'; did you mean 'adaptive'"),
-        ({"start": "server"}, "unknown start 'server'"),
+        ({"initial": "server"}, "unknown initial 'server'"),
         ({"max_dec": 1.0}, r"max_dec must be in \[0, 1\), got 1.0"),
         ({"half_life": 0.0}, "half_life must be above 0, got 0"),
         ({"fixed_time": 0.0}, "fixed_time must be above 0, got 0"),
@@ -459,7 +459,7 @@ def test_squared_gradients_that_do_not_fit_are_refused(damage: str) -> None:
 )
 def test_a_pruned_model_that_does_not_fit_is_refused(damage: str, message: str) -> None:
     task, client = norm_task(), small_clients(1)[0]
-    strategy, half = prune(start="client", **{**SHORT, "initial_steps": 1})
+    strategy, half = prune(initial="client", **{**SHORT, "initial_steps": 1})
     state = begin(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
     assert strategy.complaint(task, state, reply) == ""
