@@ -13,18 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsparse import cost
 from fedsparse.candidates import Candidates, receive_candidates, selection_costs
-from fedsparse.client import Memory, Metrics, SgdClient, check_positive, training_facts
+from fedsparse.client import Memory, check_positive
 from fedsparse.errors import UserError, unknown
-from fedsparse.globalmask import Received, masked_costs, prunable, receive
-from fedsparse.masked import network, score_masked, top_gradients
+from fedsparse.globalmask import MaskedClient, Received, prunable, receive
+from fedsparse.masked import network, score_masked
 from fedsparse.models.norms import BatchStatistics, read_statistics, with_statistics
 from fedsparse.packet import Packet, Scalar
-from fedsparse.regrow import gradient_tensors, named_counts
+from fedsparse.regrow import gradient_tensors, named_counts, search
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import batches
-from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.masks import Mask
 from fedsparse.task import Client, Params, Split, Task
 
@@ -33,7 +31,7 @@ PLACES = ("local", "global")
 
 
 @dataclass(frozen=True)
-class FedTinyClient(SgdClient):
+class FedTinyClient(MaskedClient):
     """Memory: the mask and its version; between the two exchanges of the selection also the candidates.
 
     development: share of the training examples on which candidates are judged. min_development: examples below which a
@@ -72,21 +70,8 @@ class FedTinyClient(SgdClient):
         got = receive(task, packet, memory)
         fit = self.fit(task, client, got.params, rng, mask=got.mask)
         found, flops, buffers = self._search(task, client, packet, got, fit.params, rng)
-        costs = masked_costs(
-            task,
-            got.mask,
-            samples=fit.samples,
-            batch=self.batch_size,
-            copies=self.copies,
-            decision=buffers,
-        )
-        scalars = {**training_facts(client, fit), **costs, "flops": float(costs["flops"]) + flops}
-        return Packet("update", {**fit.params, **found}, scalars), got.memory
-
-    def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
-        got = receive(task, packet, memory)
-        score = score_masked(task, got.params, got.mask, client.held_out)
-        return {"personal": score, "global": score}
+        facts = self.facts(task, client, fit, got.mask, flops=flops, decision=buffers)
+        return Packet("update", {**fit.params, **found}, facts), got.memory
 
     def _calibrate(self, task: Task, client: Client, given: Candidates, memory: Memory) -> tuple[Packet, Memory]:
         """Exchange 1: each candidate's norm statistics on the development set, (C, 2, channels); a small one: none."""
@@ -96,7 +81,7 @@ class FedTinyClient(SgdClient):
         none = torch.empty(0, *read_statistics(task, given.params).shape)
         found = torch.stack(rows) if rows else none
         examples = len(data) * self.passes if rows else 0
-        facts = self._facts(task, client, data, given, memory, examples)
+        facts = self._selection_facts(task, client, data, given, memory, examples)
         return Packet("statistics", {"statistics": found}, facts), memory
 
     def _probe(self, task: Task, client: Client, packet: Packet, given: Candidates, memory: Memory) -> Packet:
@@ -111,9 +96,9 @@ class FedTinyClient(SgdClient):
             "losses": torch.tensor([s.loss * s.n for s in scores]),
             "correct": torch.tensor([s.correct for s in scores], dtype=torch.int32),
         }
-        return Packet("losses", tensors, self._facts(task, client, data, given, memory, len(data)))
+        return Packet("losses", tensors, self._selection_facts(task, client, data, given, memory, len(data)))
 
-    def _facts(
+    def _selection_facts(
         self, task: Task, client: Client, data: Split, given: Candidates, memory: Memory, examples: int
     ) -> dict[str, Scalar]:
         """The scalars of a reply in the selection; ``examples``: those that each candidate has worked on."""
@@ -153,12 +138,7 @@ class FedTinyClient(SgdClient):
             return {}, 0.0, 0
         model = prunable(task)
         counts = named_counts(packet.tensors["grow"], model.weights)
-        chosen = torch.randperm(len(client.train), generator=rng)[: self.batch_size]
-        batch = Split(client.train.x[chosen], client.train.y[chosen])
         params = trained if self.gradients_at == "local" else got.params
-        found = top_gradients(task, params, got.mask, batch, counts)
-        names = [model.weights[name].name for name in counts]
-        flops = cost.search_flops(model.layers, len(batch), names, model.cut(got.mask))
-        tensors = gradient_tensors(found, model.sizes)
-        piece = max(cost.BYTES * min(SEARCH_PIECE, model.sizes[name]) for name in counts)
-        return tensors, flops, piece + sum(t.nbytes for t in tensors.values())
+        done = search(task, params, got.mask, counts, client.train, self.batch_size, rng)
+        tensors = gradient_tensors(done.found, model.sizes)
+        return tensors, done.flops, done.piece + sum(t.nbytes for t in tensors.values())

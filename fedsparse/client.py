@@ -7,7 +7,7 @@ import math
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsparse.errors import UserError, unknown
+from fedsparse.masked import SquaredGradients
 from fedsparse.packet import Packet, Scalar, decode, encode, run_words
 from fedsparse.seeding import torch_rng, torch_seeded
 from fedsparse.sgd import OPTIMIZERS, Fit, optimizer_copies, sgd
@@ -121,8 +122,12 @@ class SgdClient(FederatedClient):
         *,
         proximal: float = 0.0,
         mask: Mask | None = None,
+        order: Iterable[Tensor] | None = None,
+        moments: list[Tensor] | None = None,
+        done: int = 0,
+        squares: SquaredGradients | None = None,
     ) -> Fit:
-        """Local training from ``params`` (compact under ``mask``) on the client's training data."""
+        """Local training from ``params`` (compact under ``mask``) on the client's training data; :func:`sgd`."""
         return sgd(
             task,
             params,
@@ -137,6 +142,10 @@ class SgdClient(FederatedClient):
             proximal=proximal,
             mask=mask,
             optimizer=self.optimizer,
+            order=order,
+            moments=moments,
+            done=done,
+            squares=squares,
         )
 
 

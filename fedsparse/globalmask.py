@@ -16,21 +16,26 @@ import torch
 from torch import Tensor
 
 from fedsparse import cost
-from fedsparse.client import Memory
+from fedsparse.client import Memory, Metrics, SgdClient, training_facts
 from fedsparse.errors import UserError, unknown
+from fedsparse.masked import score_masked
 from fedsparse.packet import Packet, Scalar
+from fedsparse.seeding import torch_rng
+from fedsparse.sgd import Fit
 from fedsparse.sparse.masks import Mask
-from fedsparse.sparse.positions import pack_positions, unpack_positions
+from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
 from fedsparse.sparse.pruning import (
     DENSITY_KINDS,
     LAYER_DENSITIES,
     Counts,
     Groups,
+    at_random,
     largest,
     layer_counts,
     weight_budget,
 )
-from fedsparse.task import Device, Params, Task
+from fedsparse.strategy import State, misfit
+from fedsparse.task import Client, Device, Params, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
 _VERSION = "version"
@@ -111,6 +116,20 @@ def _budget(task: Task, density: float, kind: str) -> int:
     return budget
 
 
+def most_weights(task: Task, density: float, kind: str) -> int:
+    """How many of the weights that may be pruned a model of that density keeps at most; refuses what is not possible,
+    as :func:`kept_counts`."""
+    return sum(kept_counts(task, density, kind, "uniform").values())
+
+
+def first_mask(task: Task, params: Params, counts: Mapping[str, int], criterion: str) -> dict[str, Tensor]:
+    """A mask of so many weights of each layer: "magnitude", the largest of whole ``params``, or "random", by seed."""
+    if criterion == "magnitude":
+        return {name: largest(params[name], k) for name, k in counts.items()}
+    rng = torch_rng(task.seed, "mask")
+    return {name: at_random(params[name].numel(), k, rng) for name, k in counts.items()}
+
+
 def strongest(task: Task, params: Mapping[str, Tensor], mask: Mask, counts: Mapping[str, int]) -> tuple[Params, Mask]:
     """The compact model that keeps of each layer the ``counts`` weights of largest magnitude (ties: lowest position).
 
@@ -132,7 +151,31 @@ def without_full(mask: Mask, task: Task) -> dict[str, Tensor]:
     return {name: kept for name, kept in mask.items() if len(kept) < sizes[name]}
 
 
+def unfolded(task: Task, params: Mapping[str, Tensor], mask: Mask) -> tuple[Params, dict[str, Tensor]]:
+    """Of all weights that may be pruned, full layers too: flat kept values, (n,), and their positions, (n,) int32."""
+    sizes = prunable(task).sizes
+    values = {name: params[name].reshape(-1) for name in sizes}
+    return values, {n: mask[n] if n in mask else torch.arange(k, dtype=torch.int32) for n, k in sizes.items()}
+
+
+def folded(task: Task, params: Mapping[str, Tensor], values: Params, kept: Mask) -> tuple[Params, dict[str, Tensor]]:
+    """``params`` with these weights in the place of their own, and their mask; the reverse of :func:`unfolded`."""
+    mask = without_full(kept, task)
+    new = {name: v if name in mask else v.view(task.shapes[name]) for name, v in values.items()}
+    return {name: new.get(name, t) for name, t in params.items()}, mask
+
+
 # --- the server's half -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedState(State):
+    """``params`` are compact under ``shared.mask``."""
+
+    shared: SharedMask
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self.params, **self.shared.tensors()}
 
 
 @dataclass(frozen=True)
@@ -159,7 +202,9 @@ class SharedMask:
         mask = without_full(mask, task)
         sizes = prunable(task).sizes
         packed = {_MASK + name: pack_positions(kept, sizes[name]) for name, kept in mask.items()}
-        return replace(self, mask=mask, packed=packed, version=self.version + 1 if mask else 0)
+        if not mask:  # versions start anew: none of before may count as held
+            return replace(self, mask={}, packed={}, version=0, held=torch.zeros_like(self.held))
+        return replace(self, mask=mask, packed=packed, version=self.version + 1)
 
     def held_by(self, ids: Iterable[int]) -> SharedMask:
         """The same after these devices took part, so that they hold this version."""
@@ -182,6 +227,44 @@ def masked_packet(
     """Compact values, the mask only for a device that does not hold it, and a method's own tensors."""
     mask = {} if shared.holds(device) else shared.packed
     return Packet(kind, {**params, **mask, **extra}, {_VERSION: shared.version})
+
+
+def masked_form(task: Task, params: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and types that a reply with the client's own mask has: (kept,) values of
+    ``counts`` and their packed positions; ``params`` give the others."""
+    sizes = prunable(task).sizes
+    values = {name: torch.empty(counts[name]) if name in counts else t for name, t in params.items()}
+    packed = {_MASK + n: torch.empty(packed_bytes(sizes[n], k), dtype=torch.uint8) for n, k in counts.items()}
+    return {**values, **packed}
+
+
+def with_mask(task: Task, params: Params, mask: Mask) -> dict[str, Tensor]:
+    """The tensors of such a reply."""
+    sizes = prunable(task).sizes
+    return {**params, **{_MASK + name: pack_positions(kept, sizes[name]) for name, kept in mask.items()}}
+
+
+def own_mask(task: Task, reply: Packet) -> dict[str, Tensor]:
+    """The mask in such a reply. Raises UserError for positions that repeat, do not ascend or lie outside."""
+    sizes, mask = prunable(task).sizes, {}
+    for name in sizes:
+        if (packed := reply.tensors.get(_MASK + name)) is not None:
+            try:
+                mask[name] = unpack_positions(packed, sizes[name], len(reply.tensors[name]))
+            except UserError as error:
+                raise UserError(f"mask of {name!r}: {error}") from error
+    return mask
+
+
+def own_mask_complaint(task: Task, reply: Packet, kind: str, form: Mapping[str, Tensor]) -> str:
+    """What is wrong with a reply that has a mask of its own and should look like ``form``, or ""."""
+    if bad := misfit(reply, kind, form):
+        return bad
+    try:
+        own_mask(task, reply)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 # --- the client's half -----------------------------------------------------------------------------------------------
@@ -245,3 +328,22 @@ def masked_costs(
         "forward_macs": cost.forward_macs(model.layers, cut),
         "memory": memory.total,
     }
+
+
+@dataclass(frozen=True)
+class MaskedClient(SgdClient):
+    """Abstract: a client half that trains compact parameters. Memory: the mask and its version."""
+
+    def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
+        got = receive(task, packet, memory)
+        score = score_masked(task, got.params, got.mask, client.held_out)
+        return {"personal": score, "global": score}
+
+    def facts(
+        self, task: Task, client: Client, fit: Fit, mask: Mask, *, flops: float = 0.0, decision: int = 0
+    ) -> dict[str, Scalar]:
+        """The scalars of a reply after training under a mask, with ``flops`` and bytes of choosing another one."""
+        costs = masked_costs(
+            task, mask, samples=fit.samples, batch=self.batch_size, copies=self.copies, decision=decision
+        )
+        return {**training_facts(client, fit), **costs, "flops": float(costs["flops"]) + flops}

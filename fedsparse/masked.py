@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,31 +22,76 @@ if TYPE_CHECKING:
 
 Network = Callable[[Tensor], Tensor]
 Found = dict[str, tuple[Tensor, Tensor]]
+Show = Callable[[int, Tensor], None]
 
 
 @contextmanager
-def network(task: Task, params: Mapping[str, Tensor], mask: Mask) -> Iterator[Network]:
+def network(
+    task: Task, params: Mapping[str, Tensor], mask: Mask, shows: Mapping[str, Show] | None = None
+) -> Iterator[Network]:
     """The task's model as a function from inputs to logits that reads ``params`` (compact under ``mask``) at each call.
 
     Its mode is that of ``task.model``; in training mode running statistics among ``params`` are updated in place.
+    shows: by weight, what gets its dense gradient in every backward pass, piece by piece: the first flat position, and
+    the gradients of the positions from there on, whether they are kept or not.
     """
-    if not mask:
+    if not mask and not shows:
         with task.bound(params) as model:
             yield model
         return
-    executor = _executor(task, params, mask)
+    executor = _executor(task, params, mask) if mask else None
     if executor is not None:
-        yield lambda x: executor.logits(params, x, train=task.model.training)
+        layers = {name.rpartition(".")[0]: show for name, show in shows.items()} if shows else None
+        yield lambda x: executor.logits(params, x, train=task.model.training, shows=layers)
         return
     dense = {name: t for name, t in params.items() if name not in mask}
 
     def forward(x: Tensor) -> Tensor:
         weights = {name: spread(params[name], kept, task.shapes[name]) for name, kept in mask.items()}
+        for name, show in (shows or {}).items():
+            weights[name] = _shown(weights.get(name, params[name]), show)
         with task.bound({**dense, **weights}) as model:
             out: Tensor = model(x)
             return out
 
     yield forward
+
+
+def _shown(weight: Tensor, show: Show) -> Tensor:
+    """The same weight, whose gradient is shown when it is known."""
+    seen = weight.view_as(weight)
+    seen.register_hook(lambda grad: show(0, grad.reshape(-1)))  # type: ignore[no-untyped-call]
+    return seen
+
+
+class SquaredGradients:
+    """The mean over batches of squared gradients: of every weight in ``sizes``, kept or not, and of all others in sum.
+
+    Holds one float32 a weight; a dense gradient is seen piece by piece where the sparse kernels compute it.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._sums = {name: torch.zeros(size) for name, size in sizes.items()}
+        self._rest = 0.0
+        self._batches = 0
+
+    @property
+    def shows(self) -> dict[str, Show]:
+        """What :func:`network` shows the gradients to."""
+        return {name: partial(self._add, name) for name in self._sums}
+
+    def _add(self, name: str, start: int, grads: Tensor) -> None:
+        self._sums[name][start : start + len(grads)] += grads.detach().cpu().square()
+
+    def count(self, grads: Mapping[str, Tensor]) -> None:
+        """A batch is done. grads: of all trainable tensors; those of weights in ``sizes`` have been shown."""
+        self._batches += 1
+        self._rest += sum(float(g.detach().double().square().sum()) for n, g in grads.items() if n not in self._sums)
+
+    def means(self) -> tuple[dict[str, Tensor], float]:
+        """Weight name -> (size,) float32, and the sum over all other trainable scalars."""
+        n = max(1, self._batches)
+        return {name: total / n for name, total in self._sums.items()}, self._rest / n
 
 
 def _executor(task: Task, params: Mapping[str, Tensor], mask: Mask) -> Executor | None:

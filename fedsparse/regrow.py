@@ -7,19 +7,52 @@ round with their weights; what a client did not send counts as 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse import cost
 from fedsparse.errors import UserError
+from fedsparse.globalmask import prunable
+from fedsparse.masked import Found, top_gradients
 from fedsparse.packet import Packet
+from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
 from fedsparse.sparse.pruning import Counts, prune_and_grow
-from fedsparse.task import Params
+from fedsparse.task import Params, Split, Task
 
 _TOP, _AT = "top/", "at/"  # before a weight's name: values and packed positions
+
+
+@dataclass(frozen=True)
+class Search:
+    """The largest gradients of pruned weights of a batch, and what looking for them cost: flops, and bytes of the
+    piece of a dense gradient that is looked at."""
+
+    found: Found
+    flops: float
+    piece: int
+
+
+def search(
+    task: Task,
+    params: Mapping[str, Tensor],
+    mask: Mask,
+    counts: Mapping[str, int],
+    data: Split,
+    batch_size: int,
+    rng: torch.Generator,
+) -> Search:
+    """The ``counts`` largest gradients of pruned weights on one batch, drawn from ``data`` by ``rng``."""
+    chosen = torch.randperm(len(data), generator=rng)[:batch_size]
+    found = top_gradients(task, params, mask, Split(data.x[chosen], data.y[chosen]), counts)
+    model = prunable(task)
+    names = [model.weights[name].name for name in counts]
+    flops = cost.search_flops(model.layers, len(chosen), names, model.cut(mask))
+    return Search(found, flops, max(cost.BYTES * min(SEARCH_PIECE, model.sizes[name]) for name in counts))
 
 
 def gradient_tensors(found: Mapping[str, tuple[Tensor, Tensor]], sizes: Mapping[str, int]) -> dict[str, Tensor]:
@@ -66,19 +99,22 @@ class GradientMean:
             at = unpack_positions(reply.tensors[_AT + name], self._sizes[name], a).long()
             self._sums[name][at] += n * reply.tensors[_TOP + name].double()
 
-    def result(self, name: str) -> tuple[Tensor, Tensor]:
-        """(n,) int32 ascending positions and (n,) float64 mean gradients that are not 0."""
-        at = torch.nonzero(self._sums[name]).view(-1)
-        return at.int(), self._sums[name][at] / self._weight
+    def result(self) -> Found:
+        """Name -> (n,) int32 ascending positions and (n,) float64 mean gradients that are not 0."""
+        at = {name: torch.nonzero(total).view(-1) for name, total in self._sums.items()}
+        return {name: (at[name].int(), total[at[name]] / self._weight) for name, total in self._sums.items()}
 
 
 def exchanged(
-    params: Mapping[str, Tensor], mask: Mask, mean: GradientMean, counts: Mapping[str, int]
+    params: Mapping[str, Tensor], mask: Mask, found: Found, counts: Mapping[str, int]
 ) -> tuple[Params, dict[str, Tensor]]:
-    """Compact parameters and mask after up to ``counts`` weights of each layer have changed places, new ones at 0."""
+    """Compact parameters and mask after up to ``counts`` weights of each layer have changed places, new ones at 0.
+
+    found: name -> ((n,) ascending positions, (n,) gradients) of pruned weights.
+    """
     new_params, new_mask = dict(params), dict(mask)
     for name, a in counts.items():
-        new_params[name], new_mask[name] = prune_and_grow(params[name], mask[name], *mean.result(name), a)
+        new_params[name], new_mask[name] = prune_and_grow(params[name], mask[name], *found[name], a)
     return new_params, new_mask
 
 

@@ -152,6 +152,10 @@ class FederatedStrategy(Strategy):
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         """The next state, from replies in device order. Keeps no view of a reply's tensors."""
 
+    def invited(self, state: State, cohort: Sequence[Device]) -> Sequence[Device]:
+        """Who of a cohort is asked in the state's stage: everybody, but a preparation may need one client alone."""
+        return cohort
+
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
         """What is wrong with a training reply's kind, names, shapes or types, or "". Checked before ``reduce``."""
         return ""
@@ -304,7 +308,8 @@ class FederatedStrategy(Strategy):
         s = self._session
         cohort = sample_cohort(s.participants, s.plan.fraction, s.plan.seed, server_round)
         words = self._words(server_round, local=s.plan.evaluates(server_round, s.rounds))
-        packets = ((s.devices[i], self.broadcast(s.state, s.devices[i])) for i in cohort)
+        asked = self.invited(s.state, [s.devices[i] for i in cohort])
+        packets = ((device, self.broadcast(s.state, device)) for device in asked)
         for device, records, size in _encoded(packets, words, grid):
             s.ask(server_round, device, size)
             yield _message(records, s.nodes[device.id], MessageType.TRAIN, server_round)
@@ -320,10 +325,11 @@ class FederatedStrategy(Strategy):
             pass
         self._count_lost(server_round)
         answered = len(s.rows) - s.failures
-        if answered < max(1, s.plan.min_replies):
+        least = s.plan.min_replies if server_round else min(s.plan.min_replies, len(s.rows))
+        if answered < max(1, least):
             raise ClientError(
                 f"round {server_round}: {answered} of {len(s.rows)} clients answered,"
-                f" at least {s.plan.min_replies} must; the first failure: {s.errors[0] if s.errors else 'none'}",
+                f" at least {least} must; the first failure: {s.errors[0] if s.errors else 'none'}",
                 s.errors[0].trace if s.errors else "",
             )
         return None, None

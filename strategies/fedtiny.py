@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, candidate_counts, lowest_loss, union_mask
+from fedsparse.changing import ChangingMask, ChangingState
 from fedsparse.client import check_positive
 from fedsparse.errors import UserError, unknown
-from fedsparse.globalmask import SharedMask, check_densities, masked_packet, prunable
+from fedsparse.globalmask import SharedMask, masked_packet, prunable
 from fedsparse.models.norms import read_statistics, with_statistics
 from fedsparse.packet import Packet
 from fedsparse.regrow import (
@@ -36,7 +37,6 @@ from fedsparse.regrow import (
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import sgd
 from fedsparse.sparse.masks import compact
-from fedsparse.sparse.mean import WeightedMean
 from fedsparse.sparse.pruning import (
     GRANULARITIES,
     ORDERS,
@@ -44,7 +44,7 @@ from fedsparse.sparse.pruning import (
     exchange_share,
     layer_groups,
 )
-from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
+from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Params, Task
 
 SELECTIONS = ("adaptive", "vanilla")
@@ -61,45 +61,35 @@ _log = logging.getLogger("fedsparse")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FedTinyState(State):
-    """``params`` are compact under ``shared.mask``; during the selection these are the union of all candidates.
+class FedTinyState(ChangingState):
+    """During the selection the shared mask is the union of all candidates.
 
     counts: (C, layers) int32, the candidates; statistics: (C, 2, channels) float32, empty before they are known;
-    informed: (devices,) bool, who holds the candidates. round: rounds done; adjustments: changes of the mask so far;
-    delta_r, r_stop: the schedule in rounds; grow: (layers,) int32, the gradients asked for in the next round.
+    informed: (devices,) bool, who holds the candidates. grow: (layers,) int32, the gradients asked for in the next
+    round.
     """
 
-    shared: SharedMask
     counts: Tensor
     statistics: Tensor
     informed: Tensor
     grow: Tensor
-    round: int = 0
-    adjustments: int = 0
-    delta_r: int = 0
-    r_stop: int = 0
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {**self.params, **self.shared.tensors()}
 
 
 @dataclass
-class FedTiny(FederatedStrategy):
+class FedTiny(ChangingMask):
     """One global sparse model: candidates, their selection, FedAvg with progressive pruning.
 
     density, density_kind, layer_densities: as for a fixed mask. pool: candidates; 1 = the layer densities as they are,
     without noise and selection. selection: "adaptive" (statistics first) or "vanilla" (with those of the server).
     variance: of the statistics, "mean" or "total" (:class:`StatisticsMean`). pretrain: "none" or "holdout" (on
     ``server_data``, for ``pretrain_epochs``). progressive: change the mask while training; granularity and order:
-    which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r: rounds between changes,
-    r_stop: the round before which they end; 0 = a thirtieth and a third of all rounds.
+    which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r, r_stop: 0 = a thirtieth
+    and a third of all rounds.
     """
 
     client: ClassVar[str] = "fedtiny"
-    masked: ClassVar[bool] = True
     preparation: ClassVar[tuple[str, ...]] = ("calibrate", "probe")
-    density: float = 0.1
-    density_kind: str = "nominal"
+    parts: ClassVar[int] = 3
     layer_densities: str = "uniform"
     pool: int = 10
     selection: str = "adaptive"
@@ -110,11 +100,9 @@ class FedTiny(FederatedStrategy):
     granularity: str = "block"
     order: str = "backward"
     alpha: float = 0.3
-    delta_r: int = 0
-    r_stop: int = 0
 
     def __post_init__(self) -> None:
-        check_densities(self.density, self.density_kind, self.layer_densities)
+        super().__post_init__()
         check_positive(pool=self.pool, pretrain_epochs=self.pretrain_epochs)
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
@@ -123,8 +111,6 @@ class FedTiny(FederatedStrategy):
             raise UserError('pretrain = "public" is not supported yet; use "holdout" or "none"')
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
-        if min(self.delta_r, self.r_stop) < 0:
-            raise UserError(f"delta_r and r_stop must be at least 0, got {self.delta_r} and {self.r_stop}")
 
     # --- before round 1 ----------------------------------------------------------------------------------------------
 
@@ -147,11 +133,7 @@ class FedTiny(FederatedStrategy):
 
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         assert isinstance(state, FedTinyState)
-        delta, stop = self.delta_r or max(1, round(rounds / 30)), self.r_stop or max(1, round(rounds / 3))
-        if self.progressive and stop > rounds:
-            raise UserError(f"r_stop is {stop}, beyond the {rounds} rounds")
-        if self.progressive and self.delta_r >= stop:
-            raise UserError(f"delta_r is {delta} and r_stop {stop}: the mask would never change")
+        delta, stop = self.schedule(rounds) if self.progressive else (0, 0)
         if state.stage == "probe" and self.selection == "adaptive":
             _log.info("the model has no batch norm: candidates are selected by their loss alone")
         return self._announced(task, replace(state, delta_r=delta, r_stop=stop))
@@ -243,31 +225,21 @@ class FedTiny(FederatedStrategy):
     def _trained(self, task: Task, state: FedTinyState, replies: Iterable[Reply]) -> FedTinyState:
         """A round of FedAvg, and in an adjustment round the exchange of weights."""
         counts = named_counts(state.grow, prunable(task).weights)
-        mean, gradients, seen = WeightedMean(), GradientMean(counts, prunable(task).sizes), []
-        for reply in replies:
-            tensors = reply.packet.tensors
-            mean.add({name: tensors[name] for name in state.params}, reply.weight)
-            gradients.add(reply.packet, reply.weight)
-            seen.append(reply.device.id)
-        params, shared = mean.result(state.params), state.shared.held_by(seen)
+        gradients = GradientMean(counts, prunable(task).sizes)
+        new = self.averaged(state, replies, lambda reply: gradients.add(reply.packet, reply.weight))
         if counts:
-            params, mask = exchanged(params, shared.mask, gradients, counts)
-            shared = shared.changed_to(mask, task)
-        done = state.adjustments + self._adjusts(state, state.round + 1)
-        return replace(state, params=params, shared=shared, round=state.round + 1, adjustments=done)
+            params, mask = exchanged(new.params, new.shared.mask, gradients.result(), counts)
+            new = replace(new, params=params, shared=new.shared.changed_to(mask, task))
+        return replace(new, adjustments=state.adjustments + self.adjusts(state, new.round))
 
     # --- the schedule ------------------------------------------------------------------------------------------------
-
-    def _adjusts(self, state: FedTinyState, turn: int) -> bool:
-        """Whether the mask changes at the end of round ``turn``."""
-        return self.progressive and bool(state.delta_r) and turn % state.delta_r == 0 and turn < state.r_stop
 
     def _announced(self, task: Task, state: FedTinyState) -> FedTinyState:
         """The state with the gradients that the next round asks for: those of the group whose turn it is."""
         turn, mask, model = state.round + 1, state.shared.mask, prunable(task)
         groups = layer_groups(list(mask), self.granularity, self.order)
         counts: dict[str, int] = {}
-        if state.stage == "train" and groups and self._adjusts(state, turn):
+        if state.stage == "train" and groups and self.adjusts(state, turn):
             share = exchange_share(self.alpha, turn, state.r_stop)
             group = groups[state.adjustments % len(groups)]
             counts = {name: exchange_count(share, len(mask[name]), model.sizes[name]) for name in group}

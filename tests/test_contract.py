@@ -22,13 +22,23 @@ from tests.helpers import dropout_task, norm_task, small_clients, small_split, s
 
 METHODS = method_names()
 TASKS = {"mlp": small_task, "batch norm": norm_task}
-SPARSE = ("pfedgate", "fixed_mask", "fedtiny", "snip", "synflow", "ssfl")  # keep to a density of 0.6 by default
+SPARSE: dict[str, dict[str, Any]] = {  # keep to a density of 0.6, with these hyper-parameters
+    "pfedgate": {},
+    "fixed_mask": {},
+    "fedtiny": {},
+    "feddst": {},
+    "snip": {},
+    "synflow": {},
+    "ssfl": {},
+    "prunefl": {"initial": "magnitude"},  # by default one client trains the dense model first
+}
+QUICK: dict[str, dict[str, Any]] = {"prunefl": {"initial_steps": 20, "initial_every": 5}}
 DENSE_BEFORE = ("ssfl",)  # but not in the exchanges before round 1
 
 
 def halves(name: str, **hyper: Any) -> tuple[FederatedStrategy, FederatedClient]:
     method = load_method(name)
-    strategy = build(method, hyper)
+    strategy = build(method, {**QUICK.get(name, {}), **hyper})
     strategy.server_data = small_split(12, "server")  # for the methods that need some
     return strategy, method.client(**strategy.client_config)
 
@@ -57,7 +67,8 @@ def run_method(
 
 def test_all_methods_of_this_version_are_discovered() -> None:
     dense = {"local", "fedavg", "fedavg_ft", "fedprox"}
-    assert dense | {"pfedgate", "fixed_mask", "fedtiny", "snip", "synflow", "ssfl"} <= set(METHODS)
+    sparse = {"pfedgate", "fixed_mask", "fedtiny", "snip", "synflow", "ssfl", "feddst", "prunefl"}
+    assert dense | sparse <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -145,7 +156,7 @@ def start_of(name: str, task: Task) -> tuple[Any, dict[int, dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_true_density_is_reported_and_sparse_methods_keep_to_their_budget(name: str) -> None:
-    _, _, reports = run_method(name, small_task(), budget=0.6)
+    _, _, reports = run_method(name, small_task(), budget=0.6, **SPARSE.get(name, {}))
     rows = [row for report in reports for row in report["rows"] if row["bytes_up"] is not None]
     assert rows
     for row in rows:
@@ -157,7 +168,7 @@ def test_true_density_is_reported_and_sparse_methods_keep_to_their_budget(name: 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_exceeded_budget_stops_the_run_by_default(name: str) -> None:
     clients, task = small_clients(2, 0.6), small_task()
-    strategy, _ = halves(name)
+    strategy, _ = halves(name, **SPARSE.get(name, {}))
     with LocalGrid(client_app(task, clients.__getitem__), 2, own_replies=False) as grid:
         rounds = strategy.rounds(grid, 1, task=task, devices=[c.device for c in clients])
         if name in SPARSE and name not in DENSE_BEFORE:

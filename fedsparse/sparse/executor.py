@@ -142,10 +142,13 @@ class Executor:
         self._layouts: dict[tuple[int, int, int], Layout] = {}
         self._positions: dict[str, Array] = {}
 
-    def logits(self, params: Mapping[str, Tensor], x: Tensor, *, train: bool) -> Tensor:
+    def logits(
+        self, params: Mapping[str, Tensor], x: Tensor, *, train: bool, shows: Mapping[str, Show] | None = None
+    ) -> Tensor:
         """Logits (n, classes) of ``x`` (n, *input_shape); gradients flow to ``params``.
 
-        train: norms use the batch and update the running statistics in ``params`` in place.
+        train: norms use the batch and update the running statistics in ``params`` in place. shows: by the path of a
+        layer, what gets its dense weight gradient in the backward pass, as in :meth:`search`.
         """
         if x.requires_grad:
             raise UserError("the sparse executor gives no gradient of the input; use the dense representation for that")
@@ -153,7 +156,7 @@ class Executor:
             return x.new_zeros((0, self.program.values[self.program.output].channels))
         leaves = [params[name] for name in self.parameters]
         if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-            out: Tensor = _Function.apply(self, params, x, train, *leaves)  # type: ignore[no-untyped-call]
+            out: Tensor = _Function.apply(self, params, x, train, shows, *leaves)  # type: ignore[no-untyped-call]
             return out
         with torch.no_grad():
             run = Run(self, params, x, train=train, keep=False)
@@ -691,9 +694,15 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, executor: Executor, params: Mapping[str, Tensor], x: Tensor, train: bool, *leaves: Tensor
+        ctx: Any,
+        executor: Executor,
+        params: Mapping[str, Tensor],
+        x: Tensor,
+        train: bool,
+        shows: Mapping[str, Show] | None,
+        *leaves: Tensor,
     ) -> Tensor:
-        run = ctx.run = Run(executor, params, x, train=train)
+        run = ctx.run = Run(executor, params, x, train=train, shows=shows)
         return run.forward()
 
     @staticmethod
@@ -702,7 +711,7 @@ class _Function(torch.autograd.Function):
             raise RuntimeError("the sparse executor keeps nothing for a second backward pass over the same batch")
         grads = ctx.run.backward(d_logits.contiguous())
         names = ctx.run.executor.parameters
-        return (None, None, None, None, *(torch.from_numpy(grads[name]) for name in names))
+        return (None, None, None, None, None, *(torch.from_numpy(grads[name]) for name in names))
 
 
 def _parameter_names(program: Program) -> list[str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsparse.sparse.codec import unpack
 from fedsparse.sparse.cut import Bools, Cut
+from fedsparse.sparse.masks import Mask
 
 
 class WeightedMean:
@@ -71,3 +72,26 @@ class MaskedMean:
         if weight is None:
             return (self._sums[name] / self._weight).to(old.dtype)
         return torch.where(weight > 0, (self._sums[name] / weight.clamp_min(1e-300)).to(old.dtype), old)
+
+
+class HolderMean:
+    """The weighted mean of each coordinate over those whose mask holds it: sum n * theta / sum n over the holders.
+
+    FedDST, arXiv 2112.09824, Algorithm 1. When all hold the same the bits are those of :class:`WeightedMean`.
+    """
+
+    def __init__(self, sizes: Mapping[str, int]) -> None:
+        self._sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+        self._weights = {name: torch.zeros(size, dtype=torch.float64) for name, size in sizes.items()}
+
+    def add(self, values: Mapping[str, Tensor], mask: Mask, n: float) -> None:
+        """Count compact ``values``, name -> (kept,), with weight ``n``; keeps no view of them."""
+        for name, total in self._sums.items():
+            at = mask[name].long()
+            total[at] = total[at].add_(values[name].double(), alpha=n)
+            self._weights[name][at] += n
+
+    def result(self, name: str) -> tuple[Tensor, Tensor]:
+        """The ascending positions that anybody holds, (n,) int32, and their means, (n,) float32."""
+        at = torch.nonzero(self._weights[name]).view(-1)
+        return at.int(), (self._sums[name][at] / self._weights[name][at]).float()
