@@ -12,16 +12,15 @@ from dataclasses import dataclass
 import torch
 
 from fedsparse import cost
-from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative
-from fedsparse.fixedmask import evaluate_masked, train_masked
-from fedsparse.globalmask import masked_costs, prunable
+from fedsparse.client import Memory, check_not_negative
+from fedsparse.globalmask import MaskedClient, masked_costs, prunable
 from fedsparse.packet import Packet
 from fedsparse.saliency import snip_scores
 from fedsparse.task import Client, Split, Task
 
 
 @dataclass(frozen=True)
-class SsflClient(SgdClient):
+class SsflClient(MaskedClient):
     """Memory: the mask and its version.
 
     score_batches: of training examples, drawn without replacement, on which weights are scored; 0 = all examples.
@@ -38,10 +37,7 @@ class SsflClient(SgdClient):
     ) -> tuple[Packet, Memory]:
         if packet.kind == "score":
             return self._score(task, client, packet, rng), {}
-        return train_masked(self, task, client, packet, memory, rng)
-
-    def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
-        return evaluate_masked(task, client, packet, memory)
+        return self.train_kept(task, client, packet, memory, rng)
 
     def _score(self, task: Task, client: Client, packet: Packet, rng: torch.Generator) -> Packet:
         """The dense scores of all weights that may be pruned, and what they cost: the dense model, no optimiser."""

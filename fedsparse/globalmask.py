@@ -339,6 +339,14 @@ class MaskedClient(SgdClient):
         score = score_masked(task, got.params, got.mask, client.held_out)
         return {"personal": score, "global": score}
 
+    def train_kept(
+        self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
+    ) -> tuple[Packet, Memory]:
+        """Local training of the kept weights alone: a reply of compact values, and the new memory."""
+        got = receive(task, packet, memory)
+        fit = self.fit(task, client, got.params, rng, mask=got.mask)
+        return Packet("update", fit.params, self.facts(task, client, fit, got.mask)), got.memory
+
     def facts(
         self, task: Task, client: Client, fit: Fit, mask: Mask, *, flops: float = 0.0, decision: int = 0
     ) -> dict[str, Scalar]:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 
 from fedsparse.errors import unknown
 from fedsparse.fixedmask import FixedMaskStrategy
-from fedsparse.globalmask import check_densities, kept_counts
-from fedsparse.seeding import torch_rng
+from fedsparse.globalmask import check_densities, first_mask, kept_counts
 from fedsparse.sparse.masks import Mask
-from fedsparse.sparse.pruning import at_random, largest
 from fedsparse.task import Params, Task
 
 CRITERIA = ("random", "magnitude")
@@ -39,7 +37,4 @@ class FixedMask(FixedMaskStrategy):
 
     def find_mask(self, task: Task, params: Params) -> Mask:
         counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
-        if self.criterion == "magnitude":
-            return {name: largest(params[name], k) for name, k in counts.items()}
-        rng = torch_rng(task.seed, "mask")
-        return {name: at_random(params[name].numel(), k, rng) for name, k in counts.items()}
+        return first_mask(task, params, counts, self.criterion)

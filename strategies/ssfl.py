@@ -18,8 +18,8 @@ from typing import ClassVar
 import torch
 
 from fedsparse.errors import UserError
-from fedsparse.fixedmask import FixedMaskState, averaged
-from fedsparse.globalmask import SharedMask, check_densities, masked_packet, prunable, ranked_groups
+from fedsparse.fixedmask import averaged
+from fedsparse.globalmask import MaskedState, SharedMask, check_densities, masked_packet, prunable, ranked_groups
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.mean import WeightedMean
@@ -49,10 +49,10 @@ class Ssfl(FederatedStrategy):
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         everything = sum(self._groups(task).values()) == sum(prunable(task).sizes.values())
         stage = "train" if everything else "score"
-        return FixedMaskState(task.init_params(), stage, shared=SharedMask.first({}, task, devices))
+        return MaskedState(task.init_params(), stage, shared=SharedMask.first({}, task, devices))
 
     def broadcast(self, state: State, device: Device) -> Packet:
-        assert isinstance(state, FixedMaskState)
+        assert isinstance(state, MaskedState)
         return masked_packet(state.stage, state.params, state.shared, device)
 
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
@@ -61,7 +61,7 @@ class Ssfl(FederatedStrategy):
         return misfit(reply, "scores", {name: torch.empty(size) for name, size in prunable(task).sizes.items()})
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
-        assert isinstance(state, FixedMaskState)
+        assert isinstance(state, MaskedState)
         if state.stage == "train":
             return averaged(state, replies)
         mean, names = WeightedMean(), []

@@ -477,6 +477,7 @@ def test_flops_of_the_papers_table() -> None:
 def test_the_server_trains_first_on_what_it_has() -> None:
     task = norm_task()
     strategy, _ = tiny(pretrain="holdout", pool=1, density=0.5)
+    strategy.server_data = None
     with pytest.raises(UserError, match='pretrain = "holdout" needs examples that the server keeps'):
         strategy.init(task, [Device(0)])
     strategy.server_data = small_split(20, "server")

@@ -20,8 +20,7 @@ from fedsparse.client import client_app
 from fedsparse.cost import memory_bytes, train_flops
 from fedsparse.engine.local import LocalGrid
 from fedsparse.errors import ClientError, UserError
-from fedsparse.fixedmask import FixedMaskState
-from fedsparse.globalmask import prunable, receive
+from fedsparse.globalmask import MaskedState, prunable, receive
 from fedsparse.method import build, load_method
 from fedsparse.models import build_model
 from fedsparse.packet import Packet
@@ -68,7 +67,7 @@ def every(task: Task) -> dict[str, Tensor]:
     return {name: torch.arange(size, dtype=torch.int32) for name, size in prunable(task).sizes.items()}
 
 
-def found(name: str, task: Task, **hyper: Any) -> FixedMaskState:
+def found(name: str, task: Task, **hyper: Any) -> MaskedState:
     """The state once the mask is known."""
     clients = small_clients(3)
     strategy, half = halves(name, batch_size=8, **hyper)
@@ -76,7 +75,7 @@ def found(name: str, task: Task, **hyper: Any) -> FixedMaskState:
     if state.stage == "score":
         replies = [Reply(c.device, scored(strategy, half, task, state, c)) for c in clients]
         state = strategy.reduce(task, state, replies)
-    assert isinstance(state, FixedMaskState) and state.stage == "train"
+    assert isinstance(state, MaskedState) and state.stage == "train"
     return state
 
 
@@ -241,7 +240,7 @@ def test_a_deep_network_does_not_leave_the_range_of_numbers() -> None:
 def found_mask(task: Task, name: str, **hyper: Any) -> Mask:
     strategy, _ = halves(name, **hyper)
     state = strategy.init(task, [Device(0)])
-    assert isinstance(state, FixedMaskState)
+    assert isinstance(state, MaskedState)
     return state.shared.mask
 
 
@@ -304,13 +303,13 @@ def test_the_mask_is_that_of_the_mean_weighted_by_examples() -> None:
     mean = {n: sum(r.weight * r.packet.tensors[n].double() for r in replies) / 48 for n in names}
     expected = largest_together({n: s.float() for n, s in mean.items()}, int(0.1 * sum(map(len, mean.values()))))
     after = strategy.reduce(task, state, iter(replies))
-    assert isinstance(after, FixedMaskState)
+    assert isinstance(after, MaskedState)
     masked = {n: at for n, at in expected.items() if len(at) < prunable(task).sizes[n]}
     assert after.shared.mask.keys() == masked.keys() and len(masked) > 15
     assert all(torch.equal(after.shared.mask[n], at) for n, at in masked.items())
     assert all(torch.equal(after.params[n], task.init_params()[n].flatten()[at.long()]) for n, at in masked.items())
     alone = strategy.reduce(task, state, iter(replies[:1]))
-    assert isinstance(alone, FixedMaskState)
+    assert isinstance(alone, MaskedState)
     assert digest(alone, {}) != digest(after, {})
 
 
@@ -380,7 +379,7 @@ def test_a_model_without_a_hidden_layer_is_dense_or_refused() -> None:
     for name in NAMES:
         strategy, _ = halves(name, density=1.0)
         state = strategy.init(small_task("logistic"), [Device(0)])
-        assert isinstance(state, FixedMaskState) and not state.shared.mask and state.stage == "train"
+        assert isinstance(state, MaskedState) and not state.shared.mask and state.stage == "train"
         strategy, _ = halves(name)
         with pytest.raises(UserError, match="the model has nothing to prune"):
             strategy.init(small_task("logistic"), [Device(0)])
@@ -415,7 +414,7 @@ def test_the_smallest_density_keeps_a_weight_a_layer(name: str) -> None:
     if state.stage == "score":
         client = Client(Device(0), data, data, data)
         state = strategy.reduce(task, state, [Reply(client.device, scored(strategy, half, task, state, client))])
-    assert isinstance(state, FixedMaskState)
+    assert isinstance(state, MaskedState)
     assert [len(at) for at in state.shared.mask.values()] == [1, 1]
 
 
