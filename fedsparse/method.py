@@ -105,7 +105,14 @@ def _load(spec: str, base: type[Any], folder: str, kind: str) -> Any:
             f"{kind} {spec!r} must hold one {base.__name__}, it holds {sorted(found) or 'none'};"
             f" name one with {spec}:Class"
         )
-    return found[name or next(iter(found))]
+    cls = found[name or next(iter(found))]
+    for field in dataclasses.fields(cls):
+        if callable(getattr(base, field.name, None)):
+            raise UserError(
+                f"{kind} {spec!r}: the hyper-parameter {field.name!r} would hide the method of that name of"
+                f" {base.__name__}; give it another name"
+            )
+    return cls
 
 
 def _is_final(cls: Any, base: type[Any]) -> bool:

@@ -236,6 +236,22 @@ def test_methods_that_cannot_be_loaded(spec: str, message: str) -> None:
         load_method(spec)
 
 
+def test_a_hyper_parameter_must_not_hide_a_method(tmp_path: Path) -> None:
+    code = """
+from dataclasses import dataclass
+from strategies.fedavg import FedAvg
+
+@dataclass
+class Mine(FedAvg):
+    {name}: int = 1
+"""
+    (tmp_path / "mine.py").write_text(code.format(name="init"))
+    with pytest.raises(UserError, match="hyper-parameter 'init' would hide the method of that name"):
+        load_method(str(tmp_path / "mine.py"))
+    (tmp_path / "other.py").write_text(code.format(name="mine"))
+    assert load_method(str(tmp_path / "other.py")).strategy.__name__ == "Mine"
+
+
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
