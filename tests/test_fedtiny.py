@@ -460,6 +460,20 @@ def test_flops_of_the_papers_table() -> None:
         plain = train_flops(layers, 25_000, cut, "paper")
         assert plain == pytest.approx(static, rel=2e-3)
         assert plain + search_flops(layers, 64, names, cut, "paper") == pytest.approx(adjusting, rel=2e-3)
+    # the exact convention: without the first layer's input gradient, with the whole extra pass of the search
+    assert train_flops(layers, 25_000) == dense - 2 * 25_000 * layers[0].macs == pytest.approx(8.3225e13, rel=1e-4)
+    rows = {
+        0.1: (8.482e12, 8.568e12),
+        0.05: (4.330e12, 4.409e12),
+        0.01: (1.008e12, 1.081e12),
+        0.001: (2.61e11, 3.32e11),
+    }
+    for density, (static, adjusting) in rows.items():
+        cut = dict.fromkeys(names, (density, 1.0))
+        assert train_flops(layers, 25_000, cut) == pytest.approx(static, rel=1e-3)
+        assert train_flops(layers, 25_000, cut) + search_flops(layers, 64, names, cut) == pytest.approx(
+            adjusting, rel=1e-3
+        )
     cut = dict.fromkeys(names, (0.01, 1.0))
     exact = search_flops(layers, 64, names, cut)
     searched = sum(x.macs for x in layers if x.name in names)
