@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fedsparse import cost
-from fedsparse.client import Memory, Metrics, SgdClient, training_facts
+from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, training_facts
 from fedsparse.errors import UserError, unknown
 from fedsparse.masked import score_masked
 from fedsparse.packet import Packet, Scalar
@@ -35,10 +35,11 @@ from fedsparse.sparse.pruning import (
     weight_budget,
 )
 from fedsparse.strategy import State, misfit
-from fedsparse.task import Client, Device, Params, Task
+from fedsparse.task import Client, Device, Params, Score, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
 _VERSION = "version"
+_LOCAL = "local"  # kind of a packet that holds the client's own model
 
 
 # --- what may be pruned ----------------------------------------------------------------------------------------------
@@ -332,12 +333,44 @@ def masked_costs(
 
 @dataclass(frozen=True)
 class MaskedClient(SgdClient):
-    """Abstract: a client half that trains compact parameters. Memory: the mask and its version."""
+    """Abstract: a client half that trains compact parameters. Memory: the mask and its version.
+
+    ft_epochs: for which the personal model is fine-tuned under the mask before evaluation, with learning rate ft_lr
+    (0 = lr) and the same shuffle each time; 0 = it is the global model. An extension of all these methods ("+FT").
+    """
+
+    ft_epochs: int = 0
+    ft_lr: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_not_negative(ft_epochs=self.ft_epochs, ft_lr=self.ft_lr)
+
+    def local(self, packet: Packet, reply: Packet) -> Packet:
+        return replace(super().local(packet, reply), kind=_LOCAL)  # before aggregation a trained model stands as it is
 
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
         got = receive(task, packet, memory)
         score = score_masked(task, got.params, got.mask, client.held_out)
-        return {"personal": score, "global": score}
+        epochs = 0 if packet.kind == _LOCAL else self.ft_epochs
+        return {"personal": self._tuned(task, client, got, epochs) if epochs else score, "global": score}
+
+    def onboard(
+        self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator, epochs: tuple[int, ...]
+    ) -> dict[int, Score]:
+        """Fine-tuning as before evaluation, for so many epochs; without ft_epochs the same score for every number."""
+        if not self.ft_epochs:
+            return super().onboard(task, client, packet, memory, rng, epochs)
+        got = receive(task, packet, memory)
+        return {e: self._tuned(task, client, got, e) for e in epochs}
+
+    def _tuned(self, task: Task, client: Client, got: Received, epochs: int) -> Score:
+        """The score of the received model after ``epochs`` epochs on the client's training data."""
+        params = got.params
+        if epochs:
+            tuner = replace(self, epochs=epochs, lr=self.ft_lr or self.lr)
+            params = tuner.fit(task, client, params, torch_rng(task.seed, client.id, "finetune"), mask=got.mask).params
+        return score_masked(task, params, got.mask, client.held_out)
 
     def train_kept(
         self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
