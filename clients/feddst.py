@@ -25,6 +25,8 @@ from fedsparse.sparse.masks import Mask, carry
 from fedsparse.sparse.pruning import Counts
 from fedsparse.task import Client, Task
 
+_EPS = 1e-9  # rounding must not add a step
+
 
 @dataclass(frozen=True)
 class FedDSTClient(MaskedClient):
@@ -53,7 +55,7 @@ class FedDSTClient(MaskedClient):
     def _readjust(self, task: Task, client: Client, got: Received, counts: Counts, rng: torch.Generator) -> Packet:
         """Train, exchange the smallest kept weights for the pruned ones of largest gradient, train on."""
         order = list(batches(len(client.train), self.batch_size, self.epochs, rng))
-        before = max(1, math.ceil(self.adjust_at * len(order)))
+        before = max(1, math.ceil(self.adjust_at * len(order) - _EPS))
         moments: list[Tensor] = []
         first = self.fit(task, client, got.params, rng, mask=got.mask, order=order[:before], moments=moments)
         seen = search(task, first.params, got.mask, counts, client.train, self.batch_size, rng)

@@ -64,7 +64,7 @@ class ChangingMask(FederatedStrategy):
         stop = self.r_stop or max(1, round(rounds / self.parts))
         if stop > rounds:
             raise UserError(f"r_stop is {stop}, beyond the {rounds} rounds")
-        if self.delta_r >= stop:
+        if 1 < stop <= delta:
             raise UserError(f"delta_r is {delta} and r_stop {stop}: the mask would never change")
         return delta, stop
 

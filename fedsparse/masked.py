@@ -129,6 +129,9 @@ def top_gradients(
             # an input that needs a gradient makes every later output need one, without any weight gradient
             x = batch.x.clone().requires_grad_()
             torch.autograd.grad(task.criterion(model(x), batch.y), x)
+    for name, found in top.items():
+        if not len(found.at) and found.a:
+            raise UserError(f"gradients of pruned weights of {name!r} cannot be searched: the layer is not called")
     return {name: found.result() for name, found in top.items()}
 
 
@@ -172,7 +175,7 @@ def _probes(task: Task, top: Mapping[str, _Top]) -> Iterator[None]:
     handles = []
     for name, found in top.items():
         layer = task.model.get_submodule(name.rpartition(".")[0])
-        handles.append(layer.register_forward_hook(_Probe(found)))
+        handles.append(layer.register_forward_hook(_Probe(name, found)))
     try:
         yield
     finally:
@@ -183,10 +186,15 @@ def _probes(task: Task, top: Mapping[str, _Top]) -> Iterator[None]:
 class _Probe:
     """Forward hook of a convolution or linear layer: its input and output gradient give the weight gradient."""
 
-    def __init__(self, found: _Top) -> None:
+    def __init__(self, name: str, found: _Top) -> None:
+        self.name = name
         self.found = found
+        self.called = False
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if self.called:
+            raise UserError(f"gradients of pruned weights of {self.name!r} cannot be searched: it is used twice")
+        self.called = True
         x = inputs[0].detach()
         output.register_hook(lambda dy: self._search(layer, x, dy))  # type: ignore[no-untyped-call]
 
@@ -195,6 +203,8 @@ class _Probe:
         assert isinstance(weight, Tensor)
         row = weight[0].numel()
         step = max(1, SEARCH_PIECE // row)
+        if isinstance(layer, nn.Linear):  # positions of a sequence are examples
+            x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
         for start in range(0, len(weight), step):
             part = dy[:, start : start + step]
             self.found.show(start * row, _weight_gradient(layer, x, part).reshape(-1))
@@ -203,8 +213,10 @@ class _Probe:
 def _weight_gradient(layer: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
     """The gradient of the weights that make the outputs ``dy``: (outputs, *row)."""
     if isinstance(layer, nn.Linear):
-        return dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-    if isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1:
+        return dy.t() @ x
+    plain = isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
+    if plain and not isinstance(layer.padding, str) and layer.padding_mode == "zeros":
+        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
         shape = (dy.shape[1], *layer.weight.shape[1:])
         grad: Callable[..., Tensor] = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
         return grad(x, shape, dy, layer.stride, layer.padding, layer.dilation)

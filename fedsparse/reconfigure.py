@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsparse import cost
+from fedsparse.errors import UserError
 from fedsparse.globalmask import folded, prunable, unfolded
 from fedsparse.masked import SquaredGradients, score_masked
 from fedsparse.packet import Packet, Scalar
@@ -177,6 +178,8 @@ def initial_pruning(
     share: as in :meth:`Rule.changed`. train: ``(params, order=, mask=, squares=)`` to a Fit. What is still above the
     rule's budget at the end is cut by magnitude.
     """
+    if not len(data):
+        raise UserError("the client has no training examples for the initial pruning")
     mask: dict[str, Tensor] = {}
     model = prunable(task)
     layers = model.layers

@@ -410,7 +410,8 @@ class FederatedStrategy(Strategy):
                 raise ClientError(f"{where}: {message.error.reason}")
             packet = _decoded(where, message)
             if packet.kind == "error":
-                raise ClientError(f"{where}: {packet.scalars['message']}", str(packet.scalars["trace"]))
+                said = packet.scalars.get("message", "an error without a message")
+                raise ClientError(f"{where}: {said}", str(packet.scalars.get("trace", "")))
             if bad := _not_finite(packet):
                 raise ClientError(f"{where}: {bad} is not finite (NaN or infinite)")
             if training and not _is_weight(packet.scalars.get("weight")):

@@ -46,6 +46,7 @@ from fedsparse.sparse.pruning import (
 )
 from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Params, Task
+from fedsparse.threads import one_thread
 
 SELECTIONS = ("adaptive", "vanilla")
 SOURCES = ("none", "holdout", "public")
@@ -149,7 +150,8 @@ class FedTiny(ChangingMask):
             key: self.client_config[key] for key in _SGD if key in self.client_config
         }
         rng = torch_rng(task.seed, "pretrain")
-        return sgd(task, params, self.server_data, epochs=self.pretrain_epochs, rng=rng, **how).params
+        with one_thread():
+            return sgd(task, params, self.server_data, epochs=self.pretrain_epochs, rng=rng, **how).params
 
     # --- each exchange -----------------------------------------------------------------------------------------------
 
@@ -190,11 +192,13 @@ class FedTiny(ChangingMask):
 
     def _calibrated(self, state: FedTinyState, replies: Iterable[Reply]) -> FedTinyState:
         """Exchange 1: each candidate's statistics, averaged over the devices."""
-        mean, informed = StatisticsMean(self.variance), state.informed.clone()
+        mean, informed, seen = StatisticsMean(self.variance), state.informed.clone(), False
         for reply in replies:
-            informed[reply.device.id] = True
+            informed[reply.device.id] = seen = True
             if len(given := reply.packet.tensors["statistics"]):
                 mean.add(given, int(reply.packet.scalars["development"]))
+        if not seen:  # all have failed: the round says why
+            return state
         if (statistics := mean.result()) is None:
             raise UserError("no client's development set is large enough; lower min_development or raise development")
         return replace(state, stage="probe", statistics=statistics, informed=informed)
@@ -206,7 +210,7 @@ class FedTiny(ChangingMask):
             losses.append(reply.packet.tensors["losses"].clone())
             examples.append(int(reply.packet.scalars["development"]))
         if not losses:
-            raise UserError("no client has sent losses of the candidates")
+            return state
         best = lowest_loss(losses, examples)
         params, mask = Candidates(dict(state.params), state.shared.mask, state.counts).model(task, best)
         if state.statistics.numel():

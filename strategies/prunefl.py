@@ -54,10 +54,11 @@ class PruneFLState(ChangingState):
 class PruneFL(ChangingMask):
     """One global sparse model, reconfigured every ``delta_r`` rounds (0 = a thirtieth of all, at most 50).
 
-    density: with "adaptive" the largest one, with "top" that of the model. variant: "adaptive", the paper's: the size
-    too is chosen, by squared gradient per time; "top", as later papers have it: every weight takes the same time and
-    each layer keeps its number, those of largest squared gradient come. initial: "client" (the paper's initial pruning,
-    which trains the *dense* model at the client of largest budget), "magnitude" (of the initial weights), "random".
+    density: the largest one; with "top" that of the model, unless the initial pruning ends below it. variant:
+    "adaptive", the paper's: the size too is chosen, by squared gradient per time; "top", as later papers have it: every
+    weight takes the same time and each layer keeps its number, those of largest squared gradient come. initial:
+    "client" (the paper's initial pruning, which trains the *dense* model at the client of largest budget), "magnitude"
+    (of the initial weights), "random".
     max_dec: share of a layer's kept weights, the smallest, that may go, in [0, 1), halved every ``half_life`` rounds.
     fixed_time: of a round without prunable weights, over that of all of them. transmission: share of sending in the
     latter. layer_times: "" = by multiply-adds and transmission; else a number for each prunable layer, from input to

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import torch
 
-from fedsparse.errors import UserError
 from fedsparse.fixedmask import averaged
 from fedsparse.globalmask import MaskedState, SharedMask, check_densities, masked_packet, prunable, ranked_groups
 from fedsparse.packet import Packet
@@ -58,7 +57,9 @@ class Ssfl(FederatedStrategy):
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
         if state.stage == "train":
             return misfit(reply, "update", state.params)
-        return misfit(reply, "scores", {name: torch.empty(size) for name, size in prunable(task).sizes.items()})
+        bad = misfit(reply, "scores", {name: torch.empty(size) for name, size in prunable(task).sizes.items()})
+        negative = [name for name, t in reply.tensors.items() if not bad and bool((t < 0).any())]
+        return f"the scores of {negative[0]!r} must be at least 0" if negative else bad
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, MaskedState)
@@ -68,8 +69,8 @@ class Ssfl(FederatedStrategy):
         for reply in replies:
             mean.add(reply.packet.tensors, reply.weight)
             names = list(reply.packet.tensors)
-        if not names:
-            raise UserError("no client has sent scores")
+        if not names:  # all have failed: the round says why
+            return state
         scores = mean.result({name: torch.empty(0) for name in names})
         mask = prune_in_steps(lambda _: scores, prunable(task).sizes, self._groups(task), 1)
         shared = state.shared.changed_to(mask, task)

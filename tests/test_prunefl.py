@@ -420,6 +420,12 @@ def test_what_does_not_fit_the_run_is_refused(hyper: dict[str, Any], message: st
         begin(strategy, norm_task(), small_clients(1))
 
 
+def test_an_early_end_that_leaves_no_change_is_refused_and_one_says_never() -> None:
+    with pytest.raises(UserError, match="delta_r is 10 and r_stop 5: the mask would never change"):
+        prune(r_stop=5)[0].schedule(300)
+    assert prune(r_stop=1, delta_r=5)[0].schedule(300) == (5, 1)
+
+
 def test_the_interval_is_the_papers_in_long_runs() -> None:
     assert prune()[0].schedule(10_001) == (50, 10_001)
     assert prune()[0].schedule(60) == (2, 60)

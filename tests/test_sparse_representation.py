@@ -232,6 +232,78 @@ def test_gradients_that_are_not_finite_are_named() -> None:
             top_gradients(task, params, mask, data, {"conv2.weight": 3})
 
 
+def sequence_task() -> Task:
+    """A linear layer on each position of a sequence."""
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), Transposed(), nn.Linear(4, 6), nn.ReLU(), nn.Flatten(), nn.Linear(30, 4))
+    return Task(model, (3, 5), 4, seed=0)
+
+
+class Transposed(nn.Module):
+    """(n, channels, positions) -> (n, positions, channels)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+def test_the_largest_gradients_of_a_layer_on_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsparse.masked.SEARCH_PIECE", 10)  # several pieces
+    task, data = sequence_task(), small_split(9, "x", shape=(3, 5))
+    mask = {"2.weight": torch.tensor([3, 11], dtype=torch.int32)}
+    params = compact(task.init_params(), mask)
+    ((at, values),) = top_gradients(task, params, mask, data, {"2.weight": 22}).values()
+    full = whole(params, mask, task.shapes)
+    leaf = full["2.weight"].clone().requires_grad_()
+    (dense,) = torch.autograd.grad(task.loss({**full, "2.weight": leaf}, data.x, data.y, train=True), leaf)
+    assert len(at) == 22
+    assert torch.allclose(values, dense.flatten()[at.long()], rtol=1e-4, atol=1e-7)
+
+
+class Odd(nn.Module):
+    """A layer that is used twice, or not called."""
+
+    def __init__(self, uses: int) -> None:
+        super().__init__()
+        self.uses = uses
+        self.fc = nn.Linear(6, 6)
+        self.output = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.uses:
+            return self.output(nn.functional.linear(x, self.fc.weight, self.fc.bias))
+        for _ in range(self.uses):
+            x = self.fc(x)
+        return self.output(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "message"),
+    [
+        (Odd(2), "fc.weight", "'fc.weight' cannot be searched: it is used twice"),
+        (Odd(0), "fc.weight", "'fc.weight' cannot be searched: the layer is not called"),
+        (
+            nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 3, padding="same"), nn.Flatten(), nn.Linear(12, 4)),
+            "1.weight",
+            "of a Conv1d cannot be searched",
+        ),
+        (
+            nn.Sequential(
+                nn.Unflatten(1, (2, 3)),
+                nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular"),
+                nn.Flatten(),
+                nn.Linear(12, 4),
+            ),
+            "1.weight",
+            "of a Conv1d cannot be searched",
+        ),
+    ],
+)
+def test_layers_whose_gradients_cannot_be_searched_are_refused(model: nn.Module, name: str, message: str) -> None:
+    task, data = Task(model, (6,), 4, seed=0), small_split(4, "x", shape=(6,))
+    mask = {name: torch.tensor([0, 5], dtype=torch.int32)}
+    with pytest.raises(UserError, match=message):
+        top_gradients(task, compact(task.init_params(), mask), mask, data, {name: 3})
+
+
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 

@@ -106,6 +106,7 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
             "nominal": _mean(row["density_nominal"] for row in trained),
             "true_mean": _mean(row["density_true"] for row in trained),
             "true_max": _most(trained, "density_true"),
+            "preparation_max": _most([row for row in rows if not row["round"]], "density_true"),
         },
         "bytes": {
             "up_per_client_round": _mean(row["bytes_up"] for row in trained),
