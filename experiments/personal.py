@@ -113,12 +113,13 @@ def final(dataset: str, seeds: Sequence[int]) -> None:
                 dense = found[-1]["all"]
             if method == "pfedgate":
                 shares = {t["tier"]: t for t in found[-1]["tiers"] if t["tier"] != 1.0}
+            write(f"{dataset}_final", found)
         for method, equal in CONTROLS:
             for tier, cost in shares.items():
                 share = round(cost["density"] if equal == "parameters" else cost["macs"] / dense["macs"], 4)
                 settings = [f"method={method}", f"seed={seed}", f"narrow={equal}", f"narrow_to={share}"]
                 found.append(control(dataset, method, seed, settings, control=equal, of_tier=tier))
-        write(f"{dataset}_final", found)
+                write(f"{dataset}_final", found)
 
 
 def control(dataset: str, method: str, seed: int, settings: list[str], **extra: Any) -> dict[str, Any]:

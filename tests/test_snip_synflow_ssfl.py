@@ -29,7 +29,7 @@ from fedsparse.saliency import flow_scores, snip_scores
 from fedsparse.seeding import torch_rng
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.pruning import largest_together, prune_in_steps
-from fedsparse.strategy import Reply
+from fedsparse.strategy import Plan, Reply
 from fedsparse.task import Client, Device, Params, Split, Task
 from tests.helpers import CLASSES, norm_task, small_clients, small_split, small_task
 from tests.test_contract import TASKS, halves, run_method
@@ -477,11 +477,30 @@ def test_a_dead_network_is_refused() -> None:
         strategy.init(task, [Device(0)])
 
 
-def test_no_scores_at_all_are_refused() -> None:
+def test_where_all_fail_the_first_failure_is_named() -> None:
+    """Of FedTiny's exchanges before round 1 too."""
+    task, clients = norm_task(), small_clients(3)
+    clients = tuple(replace(c, train=Split(c.train.x[:0], c.train.y[:0])) for c in clients)
+    for name, stage, message in (
+        ("ssfl", "score", "there are no examples to score weights with"),
+        ("fedtiny", "calibrate", "the development set is empty"),
+    ):
+        strategy, _ = halves(name)
+        with LocalGrid(client_app(task, clients.__getitem__), 3, own_replies=False) as grid:
+            plan = Plan(on_client_error="skip")
+            rounds = strategy.rounds(grid, 1, task=task, devices=[c.device for c in clients], plan=plan)
+            with pytest.raises(ClientError, match=f"client 0, round 0, stage {stage}: {message}"):
+                next(rounds)
+
+
+def test_scores_below_0_are_refused() -> None:
     task = norm_task()
     strategy, _ = halves("ssfl")
-    with pytest.raises(UserError, match="no client has sent scores"):
-        strategy.reduce(task, strategy.init(task, [Device(0)]), [])
+    state = strategy.init(task, [Device(0)])
+    scores = {name: torch.zeros(n) for name, n in prunable(task).sizes.items()}
+    assert not strategy.complaint(task, state, Packet("scores", scores))
+    scores["fc1.weight"][3] = -1e-3
+    assert strategy.complaint(task, state, Packet("scores", scores)) == "the scores of 'fc1.weight' must be at least 0"
 
 
 @pytest.mark.parametrize("case", ["nan", "empty"])
