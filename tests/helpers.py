@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
 
+from fedsparse.client import FederatedClient
 from fedsparse.models import build_model
 from fedsparse.seeding import torch_rng
+from fedsparse.strategy import FederatedStrategy, Reply
 from fedsparse.task import Budget, Client, Device, Split, Task
 
 SHAPE, CLASSES = (1, 8, 8), 4
@@ -70,3 +75,24 @@ def small_clients(count: int, density: float | None = None, shape: tuple[int, ..
         )
         for i in range(count)
     )
+
+
+def started(strategy: FederatedStrategy, task: Task, clients: Sequence[Client], rounds: int = 9) -> Any:
+    """The state before the first exchange of a run."""
+    return strategy.scheduled(task, strategy.init(task, [c.device for c in clients]), rounds)
+
+
+def exchanged_by_hand(
+    strategy: FederatedStrategy, half: FederatedClient, task: Task, state: Any, clients: Sequence[Client], memories: Any
+) -> tuple[list[Reply], Any]:
+    """The replies of one exchange, without an engine, and the next state; ``memories`` is brought up to date."""
+    replies, by_id = [], {client.id: client for client in clients}
+    for device in strategy.invited(state, [c.device for c in clients]):
+        packet = strategy.broadcast(state, device)
+        rng = torch_rng(0, state.round, device.id)
+        reply, memories[device.id] = half.train(task, by_id[device.id], packet, memories.get(device.id, {}), rng)
+        assert strategy.complaint(task, state, reply) == ""
+        replies.append(Reply(device, reply))
+    after = strategy.reduce(task, state, replies)
+    assert type(after) is type(state)
+    return replies, after

@@ -23,10 +23,10 @@ from fedsparse.sgd import batches
 from fedsparse.sparse.masks import check_mask
 from fedsparse.sparse.mean import HolderMean, WeightedMean
 from fedsparse.sparse.positions import pack_positions
-from fedsparse.strategy import Plan, Reply
+from fedsparse.strategy import Plan
 from fedsparse.task import Client, Split, Task
 from strategies.feddst import FedDST, FedDSTState
-from tests.helpers import norm_task, small_clients, small_task
+from tests.helpers import exchanged_by_hand, norm_task, small_clients, small_task, started
 from tests.test_contract import TASKS, halves, run_method
 from tests.test_fedtiny import stages_task
 
@@ -39,27 +39,6 @@ def dst(**hyper: Any) -> tuple[FedDST, FedDSTClient]:
     strategy, half = halves("feddst", **{"batch_size": 8, **hyper})
     assert isinstance(strategy, FedDST) and isinstance(half, FedDSTClient)
     return strategy, half
-
-
-def begin(strategy: FedDST, task: Task, clients: tuple[Client, ...], rounds: int = 9) -> FedDSTState:
-    state = strategy.scheduled(task, strategy.init(task, [c.device for c in clients]), rounds)
-    assert isinstance(state, FedDSTState)
-    return state
-
-
-def one_round(
-    strategy: FedDST, half: FedDSTClient, task: Task, state: FedDSTState, clients: Any, memories: dict[int, Any]
-) -> tuple[list[Reply], FedDSTState]:
-    replies = []
-    for client in clients:
-        packet = strategy.broadcast(state, client.device)
-        rng = torch_rng(0, state.round, client.id)
-        reply, memories[client.id] = half.train(task, client, packet, memories.get(client.id, {}), rng)
-        assert strategy.complaint(task, state, reply) == ""
-        replies.append(Reply(client.device, reply))
-    after = strategy.reduce(task, state, replies)
-    assert isinstance(after, FedDSTState)
-    return replies, after
 
 
 # --- reductions ------------------------------------------------------------------------------------------------------
@@ -103,7 +82,7 @@ def test_a_readjustment_prunes_the_smallest_and_grows_the_largest_gradients(
 ) -> None:
     task, client = norm_task(), small_clients(4)[3]
     strategy, half = dst(density=0.05, adjust_at=share, epochs=2, **FAST, **optimizer)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     packet = strategy.broadcast(state, client.device)
     reply, memory = half.train(task, client, packet, {}, torch_rng(5))
     rng, got = torch_rng(5), receive(task, packet, {})
@@ -143,8 +122,8 @@ def test_a_training_in_parts_is_the_whole_training() -> None:
 def test_the_server_averages_over_holders_and_prunes_back() -> None:
     task, clients = norm_task(), small_clients(3)
     strategy, half = dst(density=0.05, **FAST)
-    state = begin(strategy, task, clients)
-    replies, after = one_round(strategy, half, task, state, clients, {})
+    state = started(strategy, task, clients)
+    replies, after = exchanged_by_hand(strategy, half, task, state, clients, {})
     sums: dict[int, float] = {}
     votes: dict[int, float] = {}
     for r in replies:
@@ -167,13 +146,13 @@ def test_the_server_averages_over_holders_and_prunes_back() -> None:
 def test_layer_counts_and_density_are_constant_on_both_sides() -> None:
     task, clients, memories = stages_task(), small_clients(2), {}
     strategy, half = dst(density=0.2, layer_densities="uniform", alpha=0.3, delta_r=2, r_stop=6)
-    state = begin(strategy, task, clients)
+    state = started(strategy, task, clients)
     before = {n: len(kept) for n, kept in state.shared.mask.items()}
     assert sum(before.values()) == int(0.2 * sum(prunable(task).sizes.values()))
     changes = []
     for _ in range(6):
         old = state.shared
-        replies, state = one_round(strategy, half, task, state, clients, memories)
+        replies, state = exchanged_by_hand(strategy, half, task, state, clients, memories)
         changes.append(old.version != state.shared.version)
         for r in replies:
             own = own_mask(task, r.packet) or old.mask
@@ -191,7 +170,7 @@ def test_the_schedule() -> None:
     assert dst()[0].schedule(60) == (2, 30)
     task = small_task()
     strategy, _ = dst(alpha=0.1, delta_r=2, r_stop=9)
-    state = begin(strategy, task, small_clients(1), 12)
+    state = started(strategy, task, small_clients(1), 12)
     grow = [int(strategy._announced(task, replace(state, round=r)).grow.sum()) for r in range(12)]
     assert [r + 1 for r, a in enumerate(grow) if a] == [2, 4, 6, 8] and grow[1] > grow[7]
 
@@ -228,10 +207,10 @@ def test_partial_participation_keeps_track_of_the_versions() -> None:
 def test_only_a_readjustment_carries_a_mask_up() -> None:
     task, clients, memories = norm_task(), small_clients(2), {}
     strategy, half = dst(density=0.05, alpha=0.3, delta_r=2, r_stop=4)
-    state, sizes, down, flops, memory = begin(strategy, task, clients), [], [], [], []
+    state, sizes, down, flops, memory = started(strategy, task, clients), [], [], [], []
     for _ in range(4):
         down.append(strategy.broadcast(state, clients[0].device).nbytes)
-        replies, state = one_round(strategy, half, task, state, clients, memories)
+        replies, state = exchanged_by_hand(strategy, half, task, state, clients, memories)
         sizes.append(replies[0].packet.nbytes)
         flops.append(float(replies[0].packet.scalars["flops"]))
         memory.append(int(replies[0].packet.scalars["memory"]))
@@ -275,7 +254,7 @@ def test_bad_hyper_parameters_are_refused(hyper: dict[str, Any], message: str) -
 def test_masks_that_do_not_fit_are_refused(damage: str, message: str) -> None:
     task, client = norm_task(), small_clients(1)[0]
     strategy, half = dst(density=300 / 32768, **FAST)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
     assert strategy.complaint(task, state, reply) == ""
     tensors = dict(reply.tensors)
@@ -296,7 +275,7 @@ def test_positions_outside_are_refused() -> None:
     """In a layer of 5,000 weights, whose positions of 13 bits may name others."""
     task, client = small_task("mlp"), small_clients(1)[0]
     strategy, half = dst(density=0.02, **FAST)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     name, kept = next(iter(state.shared.mask.items()))
     size = prunable(task).sizes[name]
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))

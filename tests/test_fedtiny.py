@@ -27,10 +27,10 @@ from fedsparse.packet import Packet, decode
 from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
 from fedsparse.sparse.positions import pack_positions, unpack_positions
-from fedsparse.strategy import Plan, Reply
-from fedsparse.task import Client, Device, Split, Task
+from fedsparse.strategy import Plan
+from fedsparse.task import Device, Split, Task
 from strategies.fedtiny import FedTiny, FedTinyState
-from tests.helpers import CLASSES, norm_task, small_clients, small_split, small_task
+from tests.helpers import CLASSES, exchanged_by_hand, norm_task, small_clients, small_split, small_task, started
 from tests.test_contract import TASKS, halves, run_method
 
 PLAIN = {"momentum": 0.0, "weight_decay": 0.0, "clip": 0.0}
@@ -48,28 +48,6 @@ def tiny(**hyper: Any) -> tuple[FedTiny, FedTinyClient]:
     strategy, half = halves("fedtiny", batch_size=8, **hyper)
     assert isinstance(strategy, FedTiny) and isinstance(half, FedTinyClient)
     return strategy, half
-
-
-def begin(strategy: FedTiny, task: Task, clients: tuple[Client, ...], rounds: int = 9) -> FedTinyState:
-    state = strategy.scheduled(task, strategy.init(task, [c.device for c in clients]), rounds)
-    assert isinstance(state, FedTinyState)
-    return state
-
-
-def exchange(
-    strategy: FedTiny, half: FedTinyClient, task: Task, state: FedTinyState, clients: Any, memories: dict[int, Any]
-) -> tuple[list[Reply], FedTinyState]:
-    """One exchange by hand; ``memories`` is brought up to date."""
-    replies = []
-    for client in clients:
-        packet = strategy.broadcast(state, client.device)
-        rng = torch_rng(0, state.round, client.id)
-        reply, memories[client.id] = half.train(task, client, packet, memories.get(client.id, {}), rng)
-        assert strategy.complaint(task, state, reply) == ""
-        replies.append(Reply(client.device, reply))
-    after = strategy.reduce(task, state, replies)
-    assert isinstance(after, FedTinyState)
-    return replies, after
 
 
 # --- reductions ------------------------------------------------------------------------------------------------------
@@ -102,7 +80,7 @@ def test_with_one_candidate_and_a_fixed_mask_it_is_magnitude_pruning() -> None:
 def test_candidates_are_nested_and_what_pruning_the_dense_model_gives(family: str, kind: str) -> None:
     task = stages_task()
     strategy, _ = tiny(density=0.3, density_kind=kind, layer_densities=family, pool=6)
-    state = begin(strategy, task, small_clients(1))
+    state = started(strategy, task, small_clients(1))
     dense, model = task.init_params(), prunable(task)
     given = Candidates(dict(state.params), state.shared.mask, state.counts)
     fixed, base = (model.dense, model.total) if kind == "true" else (0, sum(model.sizes.values()))
@@ -138,7 +116,7 @@ def test_statistics_of_no_batches_are_the_old_ones_and_of_equal_devices_those_of
 def test_moving_statistics_are_those_of_a_dense_masked_model() -> None:
     task, client = norm_task(), small_clients(3)[2]
     strategy, half = tiny(passes=2)
-    state = begin(strategy, task, small_clients(3))
+    state = started(strategy, task, small_clients(3))
     params, mask = Candidates(dict(state.params), state.shared.mask, state.counts).model(task, 1)
     got = half._statistics(task, client, client.train, params, mask)
     dense = {n: torch.zeros(task.shapes[n]) if n in mask else t.clone() for n, t in params.items()}
@@ -171,7 +149,7 @@ def test_cumulative_statistics_are_the_mean_over_the_batches_and_nothing_old() -
 def test_cumulative_statistics_under_a_mask_forget_the_old_ones() -> None:
     task, client = stages_task(), small_clients(3)[2]
     strategy, half = tiny(passes=1, averaging="cumulative", density=0.3, pool=3)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     params, mask = Candidates(dict(state.params), state.shared.mask, state.counts).model(task, 1)
     shape = read_statistics(task, params).shape
     old = [with_statistics(task, params, torch.full(shape, v)) for v in (1.0, 99.0)]
@@ -207,16 +185,16 @@ def test_the_lowest_mean_loss_wins_whatever_the_order_and_ties_go_to_the_first()
 def test_the_two_exchanges_pick_the_candidate_of_lowest_loss() -> None:
     task, clients, memories = norm_task(), small_clients(4), {}
     strategy, half = tiny(pool=4, density=0.2, development=0.5)
-    state = begin(strategy, task, clients)
+    state = started(strategy, task, clients)
     given = Candidates(dict(state.params), state.shared.mask, state.counts)
-    first, probing = exchange(strategy, half, task, state, clients, memories)
+    first, probing = exchanged_by_hand(strategy, half, task, state, clients, memories)
     assert probing.stage == "probe" and probing.informed.all()
     weights = [r.packet.scalars["development"] for r in first]
     assert weights == [6, 8, 10, 13]  # half of 11, 16, 21, 26, rounded
     by_hand = sum(n * r.packet.tensors["statistics"] for n, r in zip(weights, first, strict=True)) / sum(weights)
     assert torch.allclose(probing.statistics, by_hand, atol=1e-6)
     assert all({"counts", "union/conv1.weight"} <= memories[c.id].keys() for c in clients)
-    second, trained = exchange(strategy, half, task, probing, clients, memories)
+    second, trained = exchanged_by_hand(strategy, half, task, probing, clients, memories)
     assert not any(memories.values())
     totals = sum(r.packet.tensors["losses"].double() for r in second)
     best = int(torch.argmin(totals))
@@ -230,7 +208,7 @@ def test_the_two_exchanges_pick_the_candidate_of_lowest_loss() -> None:
 def test_the_second_exchange_sends_the_candidates_only_to_who_lacks_them() -> None:
     task, clients, memories = norm_task(), small_clients(3), {}
     strategy, half = tiny(pool=4)
-    _, state = exchange(strategy, half, task, begin(strategy, task, clients), clients[:2], memories)
+    _, state = exchanged_by_hand(strategy, half, task, started(strategy, task, clients), clients[:2], memories)
     known, new = (strategy.broadcast(state, clients[i].device) for i in (0, 2))
     assert set(known.tensors) == {"statistics"}
     assert {"statistics", "counts", "mask/fc1.weight", *task.shapes} == set(new.tensors)
@@ -268,9 +246,9 @@ def test_without_batch_norm_the_loss_alone_decides_and_the_log_says_so(caplog: p
 def test_vanilla_selection_uses_the_old_statistics() -> None:
     task, clients = norm_task(), small_clients(2)
     strategy, half = tiny(selection="vanilla", pool=3)
-    state = begin(strategy, task, clients)
+    state = started(strategy, task, clients)
     assert state.stage == "probe"
-    replies, after = exchange(strategy, half, task, state, clients, {})
+    replies, after = exchanged_by_hand(strategy, half, task, state, clients, {})
     assert torch.equal(read_statistics(task, after.params), read_statistics(task, task.init_params()))
     assert replies[0].packet.tensors["losses"].shape == (3,)
 
@@ -278,13 +256,13 @@ def test_vanilla_selection_uses_the_old_statistics() -> None:
 def test_small_development_sets_give_no_statistics_but_losses() -> None:
     task, clients, memories = norm_task(), small_clients(4), {}
     strategy, half = tiny(pool=3, development=0.5, min_development=10)
-    replies, state = exchange(strategy, half, task, begin(strategy, task, clients), clients, memories)
+    replies, state = exchanged_by_hand(strategy, half, task, started(strategy, task, clients), clients, memories)
     assert [len(r.packet.tensors["statistics"]) for r in replies] == [0, 0, 3, 3]
     assert [r.packet.scalars["flops"] > 0 for r in replies] == [False, False, True, True]
-    replies, _ = exchange(strategy, half, task, state, clients, memories)
+    replies, _ = exchanged_by_hand(strategy, half, task, state, clients, memories)
     assert all(len(r.packet.tensors["losses"]) == 3 for r in replies)
     with pytest.raises(UserError, match="no client's development set is large enough; lower min_development"):
-        exchange(strategy, half, task, begin(strategy, task, clients), clients[:2], {})
+        exchanged_by_hand(strategy, half, task, started(strategy, task, clients), clients[:2], {})
 
 
 # --- progressive pruning ---------------------------------------------------------------------------------------------
@@ -293,12 +271,12 @@ def test_small_development_sets_give_no_statistics_but_losses() -> None:
 def test_the_number_of_weights_is_constant_and_every_group_has_its_turn() -> None:
     task, clients, memories = stages_task(), small_clients(3), {}
     strategy, half = tiny(density=0.2, pool=1, delta_r=2, r_stop=9)
-    state = begin(strategy, task, clients, rounds=9)
+    state = started(strategy, task, clients, rounds=9)
     before, turns = {n: len(kept) for n, kept in state.shared.mask.items()}, []
     for _ in range(9):
         asked = {n.split(".")[0] for n, k in zip(prunable(task).weights, state.grow.tolist(), strict=True) if k}
         old = state.shared
-        replies, state = exchange(strategy, half, task, state, clients, memories)
+        replies, state = exchanged_by_hand(strategy, half, task, state, clients, memories)
         assert all({n for n in r.packet.tensors if n.startswith("top/")} == {
             f"top/{n}" for n in before if n.split(".")[0] in asked} for r in replies)  # fmt: skip
         changed = {n.split(".")[0] for n in before if not torch.equal(old.mask[n], state.shared.mask[n])}
@@ -313,8 +291,8 @@ def test_the_number_of_weights_is_constant_and_every_group_has_its_turn() -> Non
 def test_an_adjustment_is_the_exchange_of_smallest_weights_for_largest_mean_gradients() -> None:
     task, clients = norm_task(), small_clients(3)
     strategy, half = tiny(density=0.05, pool=1, delta_r=1, r_stop=5, alpha=1.0)
-    state = begin(strategy, task, clients)
-    replies, after = exchange(strategy, half, task, state, clients, {})
+    state = started(strategy, task, clients)
+    replies, after = exchanged_by_hand(strategy, half, task, state, clients, {})
     name, size = "fc1.weight", 32768
     a = int(state.grow.sum())
     assert a == -(-int(10 * 0.5 * 1638 * (1 + torch.cos(torch.tensor(torch.pi / 5)))) // 10)
@@ -342,7 +320,7 @@ def receive_top(packet: Packet, size: int, a: int) -> torch.Tensor:
 def test_gradients_are_taken_at_the_trained_or_at_the_received_model(where: str) -> None:
     task, client = norm_task(), small_clients(3)[2]
     strategy, half = tiny(density=0.05, pool=1, delta_r=1, r_stop=5, gradients_at=where)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     packet = strategy.broadcast(state, client.device)
     rng = torch_rng(1)
     reply, memory = half.train(task, client, packet, {}, rng)
@@ -364,7 +342,7 @@ def test_the_schedule_follows_the_rounds() -> None:
 
     def asked(rounds: int, **hyper: Any) -> list[int]:
         strategy, _ = tiny(density=0.05, pool=1, **hyper)
-        state = begin(strategy, task, small_clients(1), rounds)
+        state = started(strategy, task, small_clients(1), rounds)
         turns = [strategy._announced(task, replace(state, round=r - 1)) for r in range(1, rounds + 1)]
         return [r for r, s in enumerate(turns, 1) if int(s.grow.sum())]
 
@@ -409,11 +387,11 @@ def test_partial_participation_keeps_track_of_the_versions() -> None:
 def test_a_plain_round_carries_values_and_an_adjusting_one_also_gradients() -> None:
     task, clients, memories = norm_task(), small_clients(2), {}
     strategy, half = tiny(density=0.1, pool=1, delta_r=2, r_stop=4)
-    state = begin(strategy, task, clients)
+    state = started(strategy, task, clients)
     sizes = []
     for _ in range(4):
         down = {c.id: strategy.broadcast(state, c.device).nbytes for c in clients}
-        replies, state = exchange(strategy, half, task, state, clients, memories)
+        replies, state = exchanged_by_hand(strategy, half, task, state, clients, memories)
         sizes.append((down[0], replies[0].packet.nbytes))
     values = 4 * sum(t.numel() for t in state.params.values())
     indices = sum(t.nbytes for t in state.shared.packed.values())
@@ -436,7 +414,7 @@ def test_bytes_of_resnet18_at_one_percent() -> None:
     task = resnet18()
     dense = Packet("train", task.init_params()).nbytes
     strategy, _ = tiny(density=0.01, pool=10)
-    state = begin(strategy, task, small_clients(1))
+    state = started(strategy, task, small_clients(1))
     pool = strategy.broadcast(state, Device(0)).nbytes
     params, mask = Candidates(dict(state.params), state.shared.mask, state.counts).model(task, 0)
     chosen = replace(state, stage="train", params=params, shared=state.shared.changed_to(mask, task))
@@ -542,14 +520,14 @@ def test_bad_hyper_parameters_are_refused(hyper: dict[str, Any], message: str) -
 def test_what_does_not_fit_the_run_is_refused(hyper: dict[str, Any], message: str) -> None:
     strategy, _ = tiny(**hyper)
     with pytest.raises(UserError, match=message):
-        begin(strategy, norm_task(), small_clients(1), rounds=9)
+        started(strategy, norm_task(), small_clients(1), rounds=9)
 
 
 def test_a_client_without_training_examples_has_no_development_set() -> None:
     task, client = norm_task(), small_clients(1)[0]
     strategy, half = tiny()
     empty = replace(client, train=Split(client.train.x[:0], client.train.y[:0]))
-    packet = strategy.broadcast(begin(strategy, task, (client,)), client.device)
+    packet = strategy.broadcast(started(strategy, task, (client,)), client.device)
     with pytest.raises(UserError, match="the development set is empty: the client has no training examples"):
         half.train(task, empty, packet, {}, torch_rng(0))
 
@@ -573,7 +551,7 @@ def test_gradients_that_do_not_fit_are_refused(damage: str, message: str) -> Non
         model.add_module(name, layer)
     task, client = Task(model, (1, 8, 8), CLASSES, 0), small_clients(1)[0]
     strategy, half = tiny(density=0.02, pool=1, delta_r=1, r_stop=5)  # 2,700 weights: 54 kept, 12 bits a position
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
     assert strategy.complaint(task, state, reply) == ""
     tensors = dict(reply.tensors)
@@ -614,11 +592,11 @@ def test_statistics_that_are_not_finite_name_the_client(value: float) -> None:
 def test_replies_of_the_selection_of_a_wrong_form_are_refused(stage: str, damage: str) -> None:
     task, clients, memories = norm_task(), small_clients(3), {}
     strategy, half = tiny(pool=3)
-    state = begin(strategy, task, clients)
-    replies, probing = exchange(strategy, half, task, state, clients, memories)
+    state = started(strategy, task, clients)
+    replies, probing = exchanged_by_hand(strategy, half, task, state, clients, memories)
     if stage == "probe":
         state = probing
-        replies, _ = exchange(strategy, half, task, state, clients, memories)
+        replies, _ = exchanged_by_hand(strategy, half, task, state, clients, memories)
     reply = replies[-1].packet
     tensors = {n: t[:-1] if damage == "rows" else t for n, t in reply.tensors.items()}
     scalars = {**reply.scalars, "development": 0 if damage == "development" else 3}

@@ -29,10 +29,10 @@ from fedsparse.sparse.importance import largest_of_all, most_per_time, most_squa
 from fedsparse.sparse.masks import whole
 from fedsparse.sparse.positions import pack_positions
 from fedsparse.sparse.representation import ALWAYS, NEVER
-from fedsparse.strategy import Plan, Reply
-from fedsparse.task import Budget, Client, Task
+from fedsparse.strategy import Plan
+from fedsparse.task import Budget
 from strategies.prunefl import PruneFL, PruneFLState
-from tests.helpers import norm_task, small_clients, small_task
+from tests.helpers import exchanged_by_hand, norm_task, small_clients, small_task, started
 from tests.test_contract import TASKS, halves, run_method
 
 SHORT = {"initial_steps": 24, "initial_every": 4, "above_chance": 0.0, "max_dec": 0.6}
@@ -43,28 +43,6 @@ def prune(**hyper: Any) -> tuple[PruneFL, PruneFLClient]:
     strategy, half = halves("prunefl", batch_size=8, **{"initial": "magnitude", **hyper})
     assert isinstance(strategy, PruneFL) and isinstance(half, PruneFLClient)
     return strategy, half
-
-
-def begin(strategy: PruneFL, task: Task, clients: tuple[Client, ...], rounds: int = 9) -> PruneFLState:
-    state = strategy.scheduled(task, strategy.init(task, [c.device for c in clients]), rounds)
-    assert isinstance(state, PruneFLState)
-    return state
-
-
-def one_round(
-    strategy: PruneFL, half: PruneFLClient, task: Task, state: PruneFLState, clients: Any, memories: dict[int, Any]
-) -> tuple[list[Reply], PruneFLState]:
-    replies = []
-    for device in strategy.invited(state, [c.device for c in clients]):
-        client = clients[device.id]
-        packet = strategy.broadcast(state, device)
-        rng = torch_rng(0, state.round, device.id)
-        reply, memories[device.id] = half.train(task, client, packet, memories.get(device.id, {}), rng)
-        assert strategy.complaint(task, state, reply) == ""
-        replies.append(Reply(device, reply))
-    after = strategy.reduce(task, state, replies)
-    assert isinstance(after, PruneFLState)
-    return replies, after
 
 
 # --- the decision ----------------------------------------------------------------------------------------------------
@@ -163,7 +141,7 @@ def test_squared_gradients_are_those_of_dense_autograd(crossover: float, masked:
     task, client = norm_task(), small_clients(2)[1]
     task.crossover.update(dict.fromkeys(("conv1", "fc1", "output"), crossover))
     strategy, _ = prune(density=0.1 if masked else 1.0)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     sizes = prunable(task).sizes
     order = [torch.arange(0, 8), torch.arange(8, 16)]
     how: dict[str, Any] = {"lr": 0.0, "epochs": 1, "batch_size": 8, "rng": torch_rng(0), "mask": state.shared.mask}
@@ -186,7 +164,7 @@ def test_squared_gradients_are_those_of_dense_autograd(crossover: float, masked:
 def test_looking_at_gradients_changes_no_bit_of_the_training() -> None:
     task, client = norm_task(), small_clients(3)[2]
     strategy, half = prune(density=0.1)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     got = receive(task, strategy.broadcast(state, client.device), {})
     squares = SquaredGradients(prunable(task).sizes)
     seen = half.fit(task, client, got.params, torch_rng(3), mask=got.mask, squares=squares)
@@ -219,8 +197,8 @@ def test_at_density_one_the_variant_of_constant_size_is_fedavg(task: str) -> Non
 def test_a_reconfiguration_is_the_rule_on_means_weighted_by_examples() -> None:
     task, clients = norm_task(), small_clients(3)
     strategy, half = prune(density=0.1, delta_r=1)
-    state = begin(strategy, task, clients)
-    replies, after = one_round(strategy, half, task, state, clients, {})
+    state = started(strategy, task, clients)
+    replies, after = exchanged_by_hand(strategy, half, task, state, clients, {})
     n = [r.weight for r in replies]
     mean = sum(k * r.packet.tensors[f"square/{LAYER}"].double() for k, r in zip(n, replies, strict=True)) / sum(n)
     rest = sum(k * float(r.packet.scalars["square_rest"]) for k, r in zip(n, replies, strict=True)) / sum(n)
@@ -287,7 +265,7 @@ def test_partial_participation_keeps_track_of_the_versions() -> None:
 def test_a_mask_that_was_full_in_between_does_not_count_as_held() -> None:
     task, clients = norm_task(), small_clients(2)
     strategy, _ = prune(density=0.1)
-    shared = begin(strategy, task, clients).shared.held_by([0, 1])
+    shared = started(strategy, task, clients).shared.held_by([0, 1])
     other = {LAYER: torch.arange(5, dtype=torch.int32)}
     full = shared.changed_to({}, task)
     assert full.version == 0 and all(full.holds(c.device) for c in clients)
@@ -315,7 +293,7 @@ def test_the_client_of_largest_budget_is_asked_and_an_exceeded_one_stops_the_run
     task, clients = norm_task(), list(small_clients(3, 0.3))
     clients[1] = replace(clients[1], device=replace(clients[1].device, budget=Budget(density=0.5)))
     strategy, _ = prune(initial="client", **SHORT)
-    state = begin(strategy, task, tuple(clients))
+    state = started(strategy, task, tuple(clients))
     assert [d.id for d in strategy.invited(state, [c.device for c in clients])] == [1]
     with LocalGrid(client_app(task, clients.__getitem__), 3, own_replies=False) as grid:
         rounds = strategy.rounds(grid, 1, task=task, devices=[c.device for c in clients])
@@ -327,11 +305,11 @@ def test_the_initial_pruning_waits_for_the_accuracy_and_is_cut_to_the_density() 
     task, clients = norm_task(), small_clients(1)
     for above, share in ((0.0, 0.6), (99.0, 0.6)):  # pruned step by step; never begun, so cut at once
         strategy, half = prune(initial="client", density=0.05, **{**SHORT, "above_chance": above, "max_dec": share})
-        state = begin(strategy, task, clients)
-        replies, after = one_round(strategy, half, task, state, clients, {})
+        state = started(strategy, task, clients)
+        replies, after = exchanged_by_hand(strategy, half, task, state, clients, {})
         assert after.stage == "train" and len(after.shared.mask[LAYER]) <= after.budget
         assert replies[0].packet.scalars["samples"] > 0
-        replies, after = one_round(strategy, half, task, after, clients, {})
+        replies, after = exchanged_by_hand(strategy, half, task, after, clients, {})
         assert replies[0].packet.scalars["density_nominal"] <= 0.05
 
 
@@ -339,7 +317,7 @@ def test_the_initial_pruning_ends_when_the_size_is_calm() -> None:
     task, clients = small_task(), small_clients(1)
     strategy, half = prune(initial="client", density=1.0, initial_steps=400, initial_every=4, above_chance=0.0)
     strategy.max_dec = 0.0  # nothing may go: calm from the first change on
-    replies, _ = one_round(strategy, half, task, begin(strategy, task, clients), clients, {})
+    replies, _ = exchanged_by_hand(strategy, half, task, started(strategy, task, clients), clients, {})
     assert replies[0].packet.scalars["samples"] <= 5 * 4 * 8
 
 
@@ -359,16 +337,16 @@ def test_times_follow_multiply_adds_and_add_up_to_one() -> None:
         ({"variant": "top"}, torch.full_like(sizes, float(1 / sizes.sum()))),
         ({"layer_times": ",".join(["2"] * len(sizes))}, torch.full_like(sizes, float(1 / sizes.sum()))),
     ):
-        times = begin(prune(**hyper)[0], task, small_clients(1)).times
+        times = started(prune(**hyper)[0], task, small_clients(1)).times
         assert torch.allclose(times, want) and float((times * sizes).sum()) == pytest.approx(1)
 
 
 def test_dense_gradients_count_in_bytes_flops_and_memory() -> None:
     task, clients, memories = norm_task(), small_clients(2), {}
     strategy, half = prune(density=0.1, delta_r=2, variant="top")
-    state = begin(strategy, task, clients)
-    plain, state = one_round(strategy, half, task, state, clients, memories)
-    dense, state = one_round(strategy, half, task, state, clients, memories)
+    state = started(strategy, task, clients)
+    plain, state = exchanged_by_hand(strategy, half, task, state, clients, memories)
+    dense, state = exchanged_by_hand(strategy, half, task, state, clients, memories)
     (a, b), sizes, layers = (r[0].packet for r in (plain, dense)), prunable(task).sizes, prunable(task).layers
     assert b.nbytes - a.nbytes == pytest.approx(4 * sizes[LAYER], abs=200)
     layer = prunable(task).weights[LAYER]
@@ -417,7 +395,7 @@ def test_bad_hyper_parameters_are_refused(hyper: dict[str, Any], message: str) -
 def test_what_does_not_fit_the_run_is_refused(hyper: dict[str, Any], message: str) -> None:
     strategy, _ = prune(**hyper)
     with pytest.raises(UserError, match=message):
-        begin(strategy, norm_task(), small_clients(1))
+        started(strategy, norm_task(), small_clients(1))
 
 
 def test_an_early_end_that_leaves_no_change_is_refused_and_one_says_never() -> None:
@@ -435,7 +413,7 @@ def test_the_interval_is_the_papers_in_long_runs() -> None:
 def test_squared_gradients_that_do_not_fit_are_refused(damage: str) -> None:
     task, client = norm_task(), small_clients(1)[0]
     strategy, half = prune(delta_r=1)
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
     assert strategy.complaint(task, state, reply) == ""
     tensors, scalars, name = dict(reply.tensors), dict(reply.scalars), f"square/{LAYER}"
@@ -466,7 +444,7 @@ def test_squared_gradients_that_do_not_fit_are_refused(damage: str) -> None:
 def test_a_pruned_model_that_does_not_fit_is_refused(damage: str, message: str) -> None:
     task, client = norm_task(), small_clients(1)[0]
     strategy, half = prune(initial="client", **{**SHORT, "initial_steps": 1})
-    state = begin(strategy, task, (client,))
+    state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
     assert strategy.complaint(task, state, reply) == ""
     tensors = dict(reply.tensors)
@@ -488,12 +466,12 @@ def test_layers_that_are_full_and_layers_that_are_not_change_places(variant: str
 
     task, clients, memories = stages_task(), small_clients(2), {}
     strategy, half = prune(density=0.2, variant=variant, delta_r=1)
-    state = begin(strategy, task, clients)
+    state = started(strategy, task, clients)
     sizes, seen = prunable(task).sizes, []
     for _ in range(3):
-        _, state = one_round(strategy, half, task, state, clients, memories)
+        _, state = exchanged_by_hand(strategy, half, task, state, clients, memories)
         seen.append({n: len(state.shared.mask[n]) if n in state.shared.mask else k for n, k in sizes.items()})
         assert all(t.shape == task.shapes[n] for n, t in state.params.items() if n not in state.shared.mask)
         assert sum(seen[-1].values()) <= state.budget and min(seen[-1].values()) > 0
-    assert "layer1.0.conv1.weight" not in begin(strategy, task, clients).shared.mask
+    assert "layer1.0.conv1.weight" not in started(strategy, task, clients).shared.mask
     assert (seen[0] == seen[2]) == (variant == "top")
