@@ -1,7 +1,7 @@
 """FedAvg-FT's client half: trains as FedAvg's; the personal model is a copy of the global one, fine-tuned.
 
 ``ft_epochs`` epochs on the client's training data with learning rate ``ft_lr`` (0 = ``lr``), in training mode, so
-batch norm's running statistics adapt too. The same shuffle each time, by (seed, client, "finetune").
+batch norm's running statistics adapt too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import torch
 
 from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, check_positive, update
 from fedsparse.packet import Packet
-from fedsparse.seeding import torch_rng
 from fedsparse.task import Client, Score, Task
 
 
@@ -58,8 +57,4 @@ class FedAvgFTClient(SgdClient):
 
     def _tuned(self, task: Task, client: Client, packet: Packet, epochs: int) -> Score:
         """The score of the received model after ``epochs`` epochs on the client's training data."""
-        if not epochs:
-            return task.score(packet.tensors, client.held_out)
-        tuner = replace(self, epochs=epochs, lr=self.ft_lr or self.lr)
-        tuned = tuner.fit(task, client, packet.tensors, torch_rng(task.seed, client.id, "finetune")).params
-        return task.score(tuned, client.held_out)
+        return task.score(self.tuned(task, client, packet.tensors, epochs, self.ft_lr), client.held_out)

@@ -45,12 +45,11 @@ class FedDSTClient(MaskedClient):
     def train(
         self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator
     ) -> tuple[Packet, Memory]:
+        if "grow" not in packet.tensors:
+            return self.train_kept(task, client, packet, memory, rng)
         got = receive(task, packet, memory)
-        if "grow" in packet.tensors:
-            counts = named_counts(packet.tensors["grow"], prunable(task).weights)
-            return self._readjust(task, client, got, counts, rng), got.memory
-        fit = self.fit(task, client, got.params, rng, mask=got.mask)
-        return Packet("update", fit.params, self.facts(task, client, fit, got.mask)), got.memory
+        counts = named_counts(packet.tensors["grow"], prunable(task).weights)
+        return self._readjust(task, client, got, counts, rng), got.memory
 
     def _readjust(self, task: Task, client: Client, got: Received, counts: Counts, rng: torch.Generator) -> Packet:
         """Train, exchange the smallest kept weights for the pruned ones of largest gradient, train on."""

@@ -54,10 +54,9 @@ class PruneFLClient(MaskedClient):
     ) -> tuple[Packet, Memory]:
         if packet.kind == "prune":
             return self._prune(task, client, packet, rng), {}
-        got = receive(task, packet, memory)
         if not packet.scalars.get("squares"):
-            fit = self.fit(task, client, got.params, rng, mask=got.mask)
-            return Packet("update", fit.params, self.facts(task, client, fit, got.mask)), got.memory
+            return self.train_kept(task, client, packet, memory, rng)
+        got = receive(task, packet, memory)
         squares = SquaredGradients(prunable(task).sizes)
         fit = self.fit(task, client, got.params, rng, mask=got.mask, squares=squares)
         tensors, scalars = square_tensors(squares)

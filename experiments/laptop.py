@@ -47,7 +47,6 @@ RUNS: dict[str, tuple[str, ...]] = {
     "fedavg_ft": ("method=fedavg_ft",),
     "local": ("method=local",),
     **{f"pfedgate_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]") for s in (1.0, *SHARES)},
-    **{f"pfedgate_macs_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]", "budget.of=multiply_adds") for s in SHARES},
     "pfedgate_client_0.3": ("method=pfedgate", "budget.tiers=[0.3]", "method.mask_scope=client", "method.lr=0.2"),
     # gates that start at one half, as the paper's, with the best of the rates that were tried for such
     "pfedgate_from_half_0.3": ("method=pfedgate", "budget.tiers=[0.3]", "method.gate_start=0.5", "method.lr=0.8"),

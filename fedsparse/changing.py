@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from fedsparse.errors import UserError
-from fedsparse.globalmask import MaskedState, check_densities
-from fedsparse.sparse.mean import WeightedMean
+from fedsparse.globalmask import MaskedState, averaged, check_densities
 from fedsparse.strategy import FederatedStrategy, Reply, State
 from fedsparse.task import Device, Task
 
@@ -74,14 +73,7 @@ class ChangingMask(FederatedStrategy):
 
     def averaged(self, state: S, replies: Iterable[Reply], see: Callable[[Reply], None] | None = None) -> S:
         """The state after a round of FedAvg on the kept weights; ``see`` gets each reply too."""
-        mean, seen = WeightedMean(), []
-        for reply in replies:
-            mean.add({name: reply.packet.tensors[name] for name in state.params}, reply.weight)
-            if see:
-                see(reply)
-            seen.append(reply.device.id)
-        shared = state.shared.held_by(seen)
-        return replace(state, params=mean.result(state.params), shared=shared, round=state.round + 1)
+        return replace(averaged(state, replies, see), round=state.round + 1)
 
 
 def roomiest(cohort: Sequence[Device]) -> Device:

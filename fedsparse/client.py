@@ -148,6 +148,22 @@ class SgdClient(FederatedClient):
             squares=squares,
         )
 
+    def tuned(
+        self,
+        task: Task,
+        client: Client,
+        params: Mapping[str, Tensor],
+        epochs: int,
+        lr: float,
+        mask: Mask | None = None,
+    ) -> Mapping[str, Tensor]:
+        """``params`` (compact under ``mask``) after ``epochs`` more on the client's training data, at ``lr`` (0 = the
+        own rate) and with the same shuffle each time, by (seed, client, "finetune")."""
+        if not epochs:
+            return params
+        how = replace(self, epochs=epochs, lr=lr or self.lr)
+        return how.fit(task, client, params, torch_rng(task.seed, client.id, "finetune"), mask=mask).params
+
 
 def update(client: Client, fit: Fit) -> Packet:
     """The upload of a whole model: values, not differences, and the facts every reply carries."""

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
-from fedsparse.globalmask import MaskedState, SharedMask, masked_packet
+from torch import Tensor
+
+from fedsparse.client import check_positive
+from fedsparse.globalmask import (
+    MaskedState,
+    SharedMask,
+    averaged,
+    check_densities,
+    masked_packet,
+    prunable,
+    ranked_groups,
+)
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import Mask, compact
-from fedsparse.sparse.mean import WeightedMean
+from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
 from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
 from fedsparse.task import Device, Params, Task
-
-
-def averaged(state: MaskedState, replies: Iterable[Reply]) -> MaskedState:
-    """The weighted mean of compact models; who has sent one holds the mask."""
-    mean, seen = WeightedMean(), []
-    for reply in replies:
-        mean.add(reply.packet.tensors, reply.weight)
-        seen.append(reply.device.id)
-    return replace(state, params=mean.result(state.params), shared=state.shared.held_by(seen))
 
 
 @dataclass
@@ -56,3 +58,28 @@ class FixedMaskStrategy(FederatedStrategy):
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, MaskedState)
         return averaged(state, replies)
+
+
+@dataclass
+class RankedMask(FixedMaskStrategy):
+    """Abstract: the mask of the largest scores, found in steps.
+
+    layer_densities: "global" (all layers are ranked together), or "uniform", "er" or "erk": ranked within each layer.
+    steps: in which pruning is done, the density falling exponentially; scores are taken anew, without what is pruned,
+    at each.
+    """
+
+    layer_densities: str = "global"
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_densities(self.density, self.density_kind, self.layer_densities, RANKINGS)
+        check_positive(steps=self.steps)
+
+    @abstractmethod
+    def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
+        """Of the kept weights of whole ``params``: name -> (kept,), larger = kept longer."""
+
+    def find_mask(self, task: Task, params: Params) -> Mask:
+        groups = ranked_groups(task, self.density, self.density_kind, self.layer_densities)
+        return prune_in_steps(lambda kept: self.scores(task, params, kept), prunable(task).sizes, groups, self.steps)

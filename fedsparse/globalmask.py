@@ -8,9 +8,10 @@ weights are kept is in no mask: it is a plain dense layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from fedsparse.packet import Packet, Scalar
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import Fit
 from fedsparse.sparse.masks import Mask
+from fedsparse.sparse.mean import WeightedMean
 from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
 from fedsparse.sparse.pruning import (
     DENSITY_KINDS,
@@ -34,7 +36,7 @@ from fedsparse.sparse.pruning import (
     layer_counts,
     weight_budget,
 )
-from fedsparse.strategy import State, misfit
+from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Client, Device, Params, Score, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
@@ -177,6 +179,20 @@ class MaskedState(State):
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.params, **self.shared.tensors()}
+
+
+M = TypeVar("M", bound=MaskedState)
+
+
+def averaged(state: M, replies: Iterable[Reply], see: Callable[[Reply], None] | None = None) -> M:
+    """The weighted mean of compact models; who has sent one holds the mask. ``see`` gets each reply too."""
+    mean, seen = WeightedMean(), []
+    for reply in replies:
+        mean.add({name: reply.packet.tensors[name] for name in state.params}, reply.weight)
+        if see:
+            see(reply)
+        seen.append(reply.device.id)
+    return replace(state, params=mean.result(state.params), shared=state.shared.held_by(seen))
 
 
 @dataclass(frozen=True)
@@ -366,10 +382,7 @@ class MaskedClient(SgdClient):
 
     def _tuned(self, task: Task, client: Client, got: Received, epochs: int) -> Score:
         """The score of the received model after ``epochs`` epochs on the client's training data."""
-        params = got.params
-        if epochs:
-            tuner = replace(self, epochs=epochs, lr=self.ft_lr or self.lr)
-            params = tuner.fit(task, client, params, torch_rng(task.seed, client.id, "finetune"), mask=got.mask).params
+        params = self.tuned(task, client, got.params, epochs, self.ft_lr, got.mask)
         return score_masked(task, params, got.mask, client.held_out)
 
     def train_kept(

@@ -9,38 +9,27 @@ it; the initial weights are those of every other method. Several steps (``steps`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedsparse.client import check_positive
+from torch import Tensor
+
 from fedsparse.errors import UserError
-from fedsparse.fixedmask import FixedMaskStrategy
-from fedsparse.globalmask import check_densities, prunable, ranked_groups
+from fedsparse.fixedmask import RankedMask
 from fedsparse.saliency import snip_scores
 from fedsparse.sparse.masks import Mask
-from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
 from fedsparse.task import Params, Task
 
 
 @dataclass
-class Snip(FixedMaskStrategy):
-    """The mask of the largest abs(w * dL/dw) on ``server_data``.
-
-    layer_densities: "global" (all layers are ranked together, as in the paper), or "uniform", "er" or "erk": ranked
-    within each layer. steps: in which pruning is done; scores are taken anew, without what is pruned, at each.
-    """
-
-    layer_densities: str = "global"
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        check_densities(self.density, self.density_kind, self.layer_densities, RANKINGS)
-        check_positive(steps=self.steps)
+class Snip(RankedMask):
+    """The mask of the largest abs(w * dL/dw) on ``server_data``; in the paper over all layers and in one step."""
 
     def find_mask(self, task: Task, params: Params) -> Mask:
-        groups = ranked_groups(task, self.density, self.density_kind, self.layer_densities)
-        data = self.server_data
-        if data is None:
+        if self.server_data is None:
             raise UserError("snip needs examples that the server keeps; set partition.holdout")
-        return prune_in_steps(
-            lambda kept: snip_scores(task, params, data, kept), prunable(task).sizes, groups, self.steps
-        )
+        return super().find_mask(task, params)
+
+    def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
+        assert self.server_data is not None
+        return snip_scores(task, params, self.server_data, kept)

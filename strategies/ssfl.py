@@ -17,8 +17,15 @@ from typing import ClassVar
 
 import torch
 
-from fedsparse.fixedmask import averaged
-from fedsparse.globalmask import MaskedState, SharedMask, check_densities, masked_packet, prunable, ranked_groups
+from fedsparse.globalmask import (
+    MaskedState,
+    SharedMask,
+    averaged,
+    check_densities,
+    masked_packet,
+    prunable,
+    ranked_groups,
+)
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.mean import WeightedMean

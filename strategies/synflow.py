@@ -10,32 +10,22 @@ FedTiny's code runs 5 linear steps within each layer under this name; that is no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedsparse.client import check_positive
-from fedsparse.fixedmask import FixedMaskStrategy
-from fedsparse.globalmask import check_densities, prunable, ranked_groups
+from torch import Tensor
+
+from fedsparse.fixedmask import RankedMask
 from fedsparse.saliency import flow_scores
 from fedsparse.sparse.masks import Mask
-from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
 from fedsparse.task import Params, Task
 
 
 @dataclass
-class SynFlow(FixedMaskStrategy):
-    """The mask of the largest synaptic flow.
+class SynFlow(RankedMask):
+    """The mask of the largest synaptic flow; in the paper over all layers together and in 100 steps."""
 
-    layer_densities: "global" (all layers are ranked together, as in the paper), or "uniform", "er" or "erk": ranked
-    within each layer. steps: in which pruning is done; the density falls exponentially.
-    """
-
-    layer_densities: str = "global"
     steps: int = 100
 
-    def __post_init__(self) -> None:
-        check_densities(self.density, self.density_kind, self.layer_densities, RANKINGS)
-        check_positive(steps=self.steps)
-
-    def find_mask(self, task: Task, params: Params) -> Mask:
-        groups = ranked_groups(task, self.density, self.density_kind, self.layer_densities)
-        return prune_in_steps(lambda kept: flow_scores(task, params, kept), prunable(task).sizes, groups, self.steps)
+    def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
+        return flow_scores(task, params, kept)

@@ -181,17 +181,18 @@ class GroupCut(Cut):
 
     def spent(self, kept: Bools, cost: str = "parameters") -> int:
         _check_cost(cost)
-        chosen = np.ones(self.blocks + 1)
-        chosen[:-1] = kept
+        chosen = self._chosen(kept)
         return int(chosen @ self._tables[cost] @ chosen)
 
     def added(self, kept: Bools, cost: str = "parameters") -> Floats:
         _check_cost(cost)
-        chosen = np.ones(self.blocks + 1)
-        chosen[:-1] = kept
         table, own = self._both_ways[cost]
-        more: Floats = (table @ chosen + own)[:-1]
+        more: Floats = (table @ self._chosen(kept) + own)[:-1]
         return more
+
+    def _chosen(self, kept: Bools) -> Floats:
+        """(L + 1,) 1 for what a kept set uses: its blocks, and what is not cut."""
+        return np.append(kept, True).astype(np.float64)
 
     def units_kept(self, kept: Bools) -> Ints:
         """(spaces,) how many units of each are kept."""
@@ -241,9 +242,7 @@ class GroupCut(Cut):
     def _region(self, tensor: CutTensor, rows: Bools, cols: Bools) -> ChannelRegion:
         """The part between groups of rows and groups of columns."""
         index = [
-            None
-            if axis is None
-            else group_runs(marks.tolist(), self.spaces[axis.space].bounds, axis.repeats, axis.span)
+            None if axis is None else self._runs(axis, marks)
             for axis, marks in zip(tensor.axes, (rows, cols), strict=True)
         ]
         return ChannelRegion(tensor.name, index[0], index[1])
@@ -314,14 +313,15 @@ class GroupCut(Cut):
         """The distinct axes of all tensors."""
         return tuple(dict.fromkeys(axis for t in self.tensors for axis in t.axes if axis is not None))
 
-    def _runs(self, axis: Axis, kept: Bools) -> Runs | None:
-        """The entries of an axis that a kept set uses; None: all of them."""
-        space = self.spaces[axis.space]
-        return group_runs(kept[space.members].tolist(), space.bounds, axis.repeats, axis.span)
+    def _runs(self, axis: Axis, groups: Bools) -> Runs | None:
+        """The entries of an axis that belong to marked groups of its space; None: all of them."""
+        return group_runs(groups.tolist(), self.spaces[axis.space].bounds, axis.repeats, axis.span)
 
     def select(self, kept: Bools) -> Selection:
         """The indices of a kept set."""
-        index: dict[Axis | None, Runs | None] = {axis: self._runs(axis, kept) for axis in self._axes}
+        index: dict[Axis | None, Runs | None] = {
+            axis: self._runs(axis, kept[self.spaces[axis.space].members]) for axis in self._axes
+        }
         index[None] = None
         regions = tuple(ChannelRegion(t.name, index[t.axes[0]], index[t.axes[1]]) for t in self.tensors)
         blocks, begins = self._entries
