@@ -201,6 +201,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cost", choices=("parameters", "multiply_adds"), default="multiply_adds")
     parser.add_argument("--scope", choices=("batch", "round"), default="batch")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--momentum", type=float, default=0.0, help="of both sides; 0 is the default of both methods")
     parser.add_argument("--rounds", type=int, default=0, help="0 = 15, and 3 for resnet18")
     parser.add_argument("--table", action="store_true", help="all models, costs and shares")
     parser.add_argument("--json", type=Path)
@@ -209,7 +210,7 @@ def parse() -> argparse.Namespace:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     if not args.table:
-        return [Case(args.model, args.density, args.cost, args.scope, args.batch)]
+        return [Case(args.model, args.density, args.cost, args.scope, args.batch, args.momentum)]
     models, shares, costs = ("leafcnn1", "lenet", "resnet18"), (1, 0.5, 0.3, 0.1), ("multiply_adds", "parameters")
     every = [Case(m, s, c) for m in models for c in costs for s in shares if s < 1 or c == costs[0]]
     return every + [Case(m, 0.3, c, "round") for m in models for c in costs]
