@@ -49,9 +49,11 @@ class FedDSTClient(MaskedClient):
             return self.train_kept(task, client, packet, memory, rng)
         got = receive(task, packet, memory)
         counts = named_counts(packet.tensors["grow"], prunable(task).weights)
-        return self._readjust(task, client, got, counts, rng), got.memory
+        return self._readjust(task, client, got, counts, rng)
 
-    def _readjust(self, task: Task, client: Client, got: Received, counts: Counts, rng: torch.Generator) -> Packet:
+    def _readjust(
+        self, task: Task, client: Client, got: Received, counts: Counts, rng: torch.Generator
+    ) -> tuple[Packet, Memory]:
         """Train, exchange the smallest kept weights for the pruned ones of largest gradient, train on."""
         order = list(batches(len(client.train), self.batch_size, self.epochs, rng))
         before = max(1, math.ceil(self.adjust_at * len(order) - _EPS))
@@ -63,7 +65,7 @@ class FedDSTClient(MaskedClient):
         last = self.fit(task, client, params, rng, mask=mask, order=order[before:], moments=carried, done=first.steps)
         held = sum(t.nbytes for pair in seen.found.values() for t in pair)
         facts = self.facts(task, client, _joined(first, last), mask, flops=seen.flops, decision=seen.piece + held)
-        return Packet("update", with_mask(task, last.params, mask), facts)
+        return self.update(task, with_mask(task, last.params, mask), facts, got.memory)
 
 
 def _carried(task: Task, moments: list[Tensor], old: Mask, new: Mask) -> list[Tensor]:

@@ -71,7 +71,7 @@ class FedTinyClient(MaskedClient):
         fit = self.fit(task, client, got.params, rng, mask=got.mask)
         found, flops, buffers = self._search(task, client, packet, got, fit.params, rng)
         facts = self.facts(task, client, fit, got.mask, flops=flops, decision=buffers)
-        return Packet("update", {**fit.params, **found}, facts), got.memory
+        return self.update(task, fit.params, facts, got.memory, **found)
 
     def _calibrate(self, task: Task, client: Client, given: Candidates, memory: Memory) -> tuple[Packet, Memory]:
         """Exchange 1: each candidate's norm statistics on the development set, (C, 2, channels); a small one: none."""

@@ -62,7 +62,7 @@ class PruneFLClient(MaskedClient):
         tensors, scalars = square_tensors(squares)
         flops = square_flops(task, got.mask, fit.samples)
         facts = self.facts(task, client, fit, got.mask, flops=flops, decision=square_bytes(task))
-        return Packet("update", {**fit.params, **tensors}, {**facts, **scalars}), got.memory
+        return self.update(task, fit.params, {**facts, **scalars}, got.memory, **tensors)
 
     def _prune(self, task: Task, client: Client, packet: Packet, rng: torch.Generator) -> Packet:
         """The initial pruning: from the dense model to a sparse one of this client's choice."""

@@ -45,7 +45,7 @@ class FixedMaskStrategy(FederatedStrategy):
 
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         params = task.init_params()
-        shared = SharedMask.first(self.find_mask(task, params), task, devices)
+        shared = SharedMask.first(self.find_mask(task, params), task, devices, self.client_config)
         return MaskedState(compact(params, shared.mask), shared=shared)
 
     def broadcast(self, state: State, device: Device) -> Packet:
@@ -53,7 +53,8 @@ class FixedMaskStrategy(FederatedStrategy):
         return masked_packet("train", state.params, state.shared, device)
 
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
-        return misfit(reply, "update", state.params)
+        assert isinstance(state, MaskedState)
+        return misfit(reply, "update", state.common)
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, MaskedState)

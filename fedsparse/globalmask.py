@@ -4,6 +4,9 @@ Both sides hold *compact* parameters (:mod:`fedsparse.sparse.masks`). Packets ca
 client holds the mask's version; else the mask goes along, as packed positions. Clients keep the mask in their memory;
 the server's state says which version each of them holds, so that any participation is right. A layer of which all
 weights are kept is in no mask: it is a plain dense layer.
+
+Norm layers may stay with the clients (``local_norms``; FedBN, Li et al., ICLR 2021, arXiv 2102.07623): a client gets
+the initial ones with its first packet, and keeps its own in its memory from then on.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +23,7 @@ from fedsparse import cost
 from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, training_facts
 from fedsparse.errors import UserError, unknown
 from fedsparse.masked import score_masked
+from fedsparse.models.norms import norm_names
 from fedsparse.packet import Packet, Scalar
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import Fit
@@ -40,6 +44,7 @@ from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Client, Device, Params, Score, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
+_OWN = "own/"  # before the names of what stays with a client, in its memory
 _VERSION = "version"
 _LOCAL = "local"  # kind of a packet that holds the client's own model
 
@@ -173,9 +178,14 @@ def folded(task: Task, params: Mapping[str, Tensor], values: Params, kept: Mask)
 
 @dataclass(frozen=True, kw_only=True)
 class MaskedState(State):
-    """``params`` are compact under ``shared.mask``."""
+    """``params`` are compact under ``shared.mask``; of what is ``local`` they are what clients begin with."""
 
     shared: SharedMask
+
+    @property
+    def common(self) -> dict[str, Tensor]:
+        """Those of the parameters that clients send: all but their own norms."""
+        return {name: t for name, t in self.params.items() if name not in self.shared.local}
 
     def tensors(self) -> dict[str, Tensor]:
         return {**self.params, **self.shared.tensors()}
@@ -188,7 +198,7 @@ def averaged(state: M, replies: Iterable[Reply], see: Callable[[Reply], None] | 
     """The weighted mean of compact models; who has sent one holds the mask. ``see`` gets each reply too."""
     mean, seen = WeightedMean(), []
     for reply in replies:
-        mean.add({name: reply.packet.tensors[name] for name in state.params}, reply.weight)
+        mean.add({name: reply.packet.tensors[name] for name in state.common}, reply.weight)
         if see:
             see(reply)
         seen.append(reply.device.id)
@@ -200,19 +210,28 @@ class SharedMask:
     """The global mask and who holds it.
 
     mask: without full layers. packed: the same as it travels. version: grows with every change; 0 = nothing is masked.
-    held: (largest device id + 1,) int32, the version that each device holds, 0 = none.
+    held: (largest device id + 1,) int32, the version that each device holds, 0 = none. local: names of the tensors that
+    stay with the clients. trained: (largest device id + 1,) bool, who has some of its own.
     """
 
     mask: Mask
     packed: Mapping[str, Tensor]
     version: int
     held: Tensor
+    local: tuple[str, ...]
+    trained: Tensor
 
     @staticmethod
-    def first(mask: Mask, task: Task, devices: Sequence[Device]) -> SharedMask:
-        """A mask that no device holds yet."""
+    def first(mask: Mask, task: Task, devices: Sequence[Device], config: Mapping[str, Any]) -> SharedMask:
+        """A mask that no device holds yet. config: the client half's hyper-parameters.
+
+        Raises UserError if norms are to be local and the model has none.
+        """
         held = torch.zeros(max((d.id for d in devices), default=-1) + 1, dtype=torch.int32)
-        return SharedMask({}, {}, 0, held).changed_to(mask, task)
+        local = norm_names(task) if config.get("local_norms") else ()
+        if config.get("local_norms") and not local:
+            raise UserError("local_norms = true, but the model has no norm layer")
+        return SharedMask({}, {}, 0, held, local, held.bool()).changed_to(mask, task)
 
     def changed_to(self, mask: Mask, task: Task) -> SharedMask:
         """A new version of the mask, which no device holds."""
@@ -224,10 +243,10 @@ class SharedMask:
         return replace(self, mask=mask, packed=packed, version=self.version + 1)
 
     def held_by(self, ids: Iterable[int]) -> SharedMask:
-        """The same after these devices took part, so that they hold this version."""
-        held = self.held.clone()
-        held[list(ids)] = self.version
-        return replace(self, held=held)
+        """The same after these devices have trained, so that they hold this version."""
+        ids, held, trained = list(ids), self.held.clone(), self.trained.clone()
+        held[ids], trained[ids] = self.version, True
+        return replace(self, held=held, trained=trained)
 
     def holds(self, device: Device) -> bool:
         """Whether a device holds this version."""
@@ -241,8 +260,11 @@ class SharedMask:
 def masked_packet(
     kind: str, params: Mapping[str, Tensor], shared: SharedMask, device: Device, **extra: Tensor
 ) -> Packet:
-    """Compact values, the mask only for a device that does not hold it, and a method's own tensors."""
+    """Compact values, the mask only for a device that does not hold it, what is local only for one that has none of its
+    own, and a method's own tensors."""
     mask = {} if shared.holds(device) else shared.packed
+    if shared.local and bool(shared.trained[device.id]):
+        params = {name: t for name, t in params.items() if name not in shared.local}
     return Packet(kind, {**params, **mask, **extra}, {_VERSION: shared.version})
 
 
@@ -299,17 +321,21 @@ class Received:
 def receive(task: Task, packet: Packet, memory: Memory) -> Received:
     """Unpack a packet of ``masked_packet``, or the client's own reply to one.
 
-    Raises UserError if it builds on a version of the mask that the client does not hold.
+    Raises UserError if it builds on a version of the mask that the client does not hold, or on tensors of its own.
     """
-    params = {name: packet.tensors[name] for name in task.shapes}
+    own = {name: t for name, t in memory.items() if name.startswith(_OWN)}
+    there = {**packet.tensors, **{name.removeprefix(_OWN): t for name, t in own.items()}}
+    if missing := [name for name in task.shapes if name not in there]:
+        raise UserError(f"the packet has no {missing[0]!r}, and this client holds none of its own")
+    params = {name: there[name] for name in task.shapes}
     sent = {name.removeprefix(_MASK): t for name, t in packet.tensors.items() if name.startswith(_MASK)}
     version = int(packet.scalars.get(_VERSION, -1))  # a reply of the client's own has none
     if not version:  # nothing is masked
-        return Received(params, {}, {})
+        return Received(params, {}, own)
     if sent:
         sizes = prunable(task).sizes
         mask = {name: unpack_positions(packed, sizes[name], len(params[name])) for name, packed in sent.items()}
-        return Received(params, mask, remember(mask, version))
+        return Received(params, mask, {**remember(mask, version), **own})
     held = int(memory[_VERSION]) if _VERSION in memory else 0
     if version not in (-1, held):
         raise UserError(f"the packet builds on version {version} of the mask, this client holds {held or 'none'}")
@@ -352,11 +378,14 @@ class MaskedClient(SgdClient):
     """Abstract: a client half that trains compact parameters. Memory: the mask and its version.
 
     ft_epochs: for which the personal model is fine-tuned under the mask before evaluation, with learning rate ft_lr
-    (0 = lr) and the same shuffle each time; 0 = it is the global model. An extension of all these methods ("+FT").
+    (0 = lr) and the same shuffle each time; 0 = it is the global model. local_norms: norm layers, running statistics
+    too, stay with the client, which begins with those that it gets first. Extensions of all these methods ("+FT",
+    "+FedBN").
     """
 
     ft_epochs: int = 0
     ft_lr: float = 0.0
+    local_norms: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -369,7 +398,8 @@ class MaskedClient(SgdClient):
         got = receive(task, packet, memory)
         score = score_masked(task, got.params, got.mask, client.held_out)
         epochs = 0 if packet.kind == _LOCAL else self.ft_epochs
-        return {"personal": self._tuned(task, client, got, epochs) if epochs else score, "global": score}
+        personal = self._tuned(task, client, got, epochs) if epochs else score
+        return {"personal": personal} if self.local_norms else {"personal": personal, "global": score}
 
     def onboard(
         self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator, epochs: tuple[int, ...]
@@ -391,7 +421,17 @@ class MaskedClient(SgdClient):
         """Local training of the kept weights alone: a reply of compact values, and the new memory."""
         got = receive(task, packet, memory)
         fit = self.fit(task, client, got.params, rng, mask=got.mask)
-        return Packet("update", fit.params, self.facts(task, client, fit, got.mask)), got.memory
+        return self.update(task, fit.params, self.facts(task, client, fit, got.mask), got.memory)
+
+    def update(
+        self, task: Task, params: Params, facts: Mapping[str, Scalar], memory: Memory, **extra: Tensor
+    ) -> tuple[Packet, Memory]:
+        """The reply after training, with a method's own tensors, and the new memory: norms in either, not in both."""
+        if self.local_norms:
+            own = norm_names(task)
+            memory = {**memory, **{_OWN + name: params[name] for name in own}}
+            params = {name: t for name, t in params.items() if name not in own}
+        return Packet("update", {**params, **extra}, facts), memory
 
     def facts(
         self, task: Task, client: Client, fit: Fit, mask: Mask, *, flops: float = 0.0, decision: int = 0

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.errors import UserError
+from fedsparse.models.norms import NORMS
 from fedsparse.sparse.masks import Mask, spread
 from fedsparse.sparse.pruning import saliency, synaptic_flow
 from fedsparse.task import Split, Task
 from fedsparse.threads import one_thread
 
 _BATCH_NORM = nn.modules.batchnorm._BatchNorm
-_OTHER_NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
 def snip_scores(
@@ -73,7 +73,7 @@ def _masked(weight: Tensor, at: Tensor) -> Tensor:
 @contextmanager
 def _passed_by(model: nn.Module) -> Iterator[None]:
     """Within the block, norms without running statistics give their input back."""
-    norms = [m for m in model.modules() if isinstance(m, _OTHER_NORMS) and not _keeps_statistics(m)]
+    norms = [m for m in model.modules() if isinstance(m, NORMS) and not _keeps_statistics(m)]
     hooks = [m.register_forward_hook(lambda _, inputs, output: inputs[0]) for m in norms]
     try:
         yield

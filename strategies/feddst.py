@@ -70,7 +70,7 @@ class FedDST(ChangingMask):
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         params = task.init_params()
         counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
-        shared = SharedMask.first(first_mask(task, params, counts, self.initial), task, devices)
+        shared = SharedMask.first(first_mask(task, params, counts, self.initial), task, devices, self.client_config)
         none = counts_row({}, prunable(task).weights)
         return FedDSTState(compact(params, shared.mask), shared=shared, grow=none)
 
@@ -87,9 +87,9 @@ class FedDST(ChangingMask):
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
         assert isinstance(state, FedDSTState)
         if not bool(state.grow.any()):
-            return misfit(reply, "update", state.params)
+            return misfit(reply, "update", state.common)
         counts = {name: len(kept) for name, kept in state.shared.mask.items()}
-        return own_mask_complaint(task, reply, "update", masked_form(task, state.params, counts))
+        return own_mask_complaint(task, reply, "update", masked_form(task, state.common, counts))
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, FedDSTState)
@@ -102,7 +102,7 @@ class FedDST(ChangingMask):
         mean, holders, seen = WeightedMean(), HolderMean({name: sizes[name] for name in old}), []
         for reply in replies:
             tensors = reply.packet.tensors
-            mean.add({name: tensors[name] for name in state.params if name not in old}, reply.weight)
+            mean.add({name: tensors[name] for name in state.common if name not in old}, reply.weight)
             holders.add(tensors, own_mask(task, reply.packet), reply.weight)
             seen.append(reply.device.id)
         params, mask = mean.result(state.params), dict(old)

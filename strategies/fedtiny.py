@@ -118,7 +118,7 @@ class FedTiny(ChangingMask):
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         params = self._pretrained(task)
         counts = candidate_counts(task, self.density, self.density_kind, self.layer_densities, self.pool)
-        shared = SharedMask.first(union_mask(task, params, counts), task, devices)
+        shared = SharedMask.first(union_mask(task, params, counts), task, devices, self.client_config)
         state = FedTinyState(
             params=compact(params, shared.mask),
             shared=shared,
@@ -169,7 +169,7 @@ class FedTiny(ChangingMask):
         assert isinstance(state, FedTinyState)
         if state.stage == "train":
             sizes, counts = prunable(task).sizes, named_counts(state.grow, prunable(task).weights)
-            bad = misfit(reply, "update", {**state.params, **gradient_form(counts, sizes)})
+            bad = misfit(reply, "update", {**state.common, **gradient_form(counts, sizes)})
             return bad or gradient_complaint(reply, counts, sizes, state.shared.mask)
         n = reply.scalars.get("development")
         if not isinstance(n, int) or n < 1:

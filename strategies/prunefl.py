@@ -95,7 +95,7 @@ class PruneFL(ChangingMask):
         if self.initial != "client":
             counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
             mask = first_mask(task, params, counts, self.initial)
-        shared = SharedMask.first(mask, task, devices)
+        shared = SharedMask.first(mask, task, devices, self.client_config)
         return PruneFLState(
             compact(params, shared.mask),
             stage="prune" if self.initial == "client" else "train",
@@ -157,8 +157,8 @@ class PruneFL(ChangingMask):
             bad = own_mask_complaint(task, reply, "pruned", masked_form(task, state.params, counts))
             return bad or (f"it keeps {kept} weights, {state.budget} are allowed" if kept > state.budget else "")
         if not self.adjusts(state, state.round + 1):
-            return misfit(reply, "update", state.params)
-        bad = misfit(reply, "update", {**state.params, **square_form(sizes)})
+            return misfit(reply, "update", state.common)
+        bad = misfit(reply, "update", {**state.common, **square_form(sizes)})
         return bad or square_complaint(reply, sizes)
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:

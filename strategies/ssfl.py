@@ -55,7 +55,7 @@ class Ssfl(FederatedStrategy):
     def init(self, task: Task, devices: Sequence[Device]) -> State:
         everything = sum(self._groups(task).values()) == sum(prunable(task).sizes.values())
         stage = "train" if everything else "score"
-        return MaskedState(task.init_params(), stage, shared=SharedMask.first({}, task, devices))
+        return MaskedState(task.init_params(), stage, shared=SharedMask.first({}, task, devices, self.client_config))
 
     def broadcast(self, state: State, device: Device) -> Packet:
         assert isinstance(state, MaskedState)
@@ -63,7 +63,7 @@ class Ssfl(FederatedStrategy):
 
     def complaint(self, task: Task, state: State, reply: Packet) -> str:
         if state.stage == "train":
-            return misfit(reply, "update", state.params)
+            return misfit(reply, "update", state.common)
         bad = misfit(reply, "scores", {name: torch.empty(size) for name, size in prunable(task).sizes.items()})
         negative = [name for name, t in reply.tensors.items() if not bad and bool((t < 0).any())]
         return f"the scores of {negative[0]!r} must be at least 0" if negative else bad

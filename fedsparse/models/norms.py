@@ -12,6 +12,13 @@ from fedsparse.errors import UserError
 from fedsparse.task import Params, Task
 
 _NORM = nn.modules.batchnorm._BatchNorm
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)  # of any kind
+
+
+def norm_names(task: Task) -> tuple[str, ...]:
+    """The names of all parameters and buffers of norm layers, of whatever kind, in the model's order."""
+    layers = {name for name, m in task.model.named_modules() if isinstance(m, NORMS)}
+    return tuple(name for name in task.shapes if name.rpartition(".")[0] in layers)
 
 
 def _norms(task: Task) -> list[tuple[str, nn.modules.batchnorm._BatchNorm]]:
