@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from fedsparse.nested import passed_mask
 from torch import Tensor
 
 from fedsparse.candidates import Candidates, receive_candidates, selection_costs
@@ -139,6 +140,8 @@ class FedTinyClient(MaskedClient):
         model = prunable(task)
         counts = named_counts(packet.tensors["grow"], model.weights)
         params = trained if self.gradients_at == "local" else got.params
-        done = search(task, params, got.mask, counts, client.train, self.batch_size, rng)
+        passed = passed_mask(task, packet)
+        done = search(task, params, got.mask, counts, client.train, self.batch_size, rng, passed)
         tensors = gradient_tensors(done.found, model.sizes)
-        return tensors, done.flops, done.piece + sum(t.nbytes for t in tensors.values())
+        held = sum(t.nbytes for t in (*tensors.values(), *passed.values()))
+        return tensors, done.flops, done.piece + held

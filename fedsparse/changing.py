@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
 from fedsparse.errors import UserError
-from fedsparse.globalmask import MaskedState, averaged, check_densities
-from fedsparse.strategy import FederatedStrategy, Reply, State
+from fedsparse.globalmask import GlobalMaskStrategy, MaskedState, averaged, check_densities
+from fedsparse.strategy import Reply, State
 from fedsparse.task import Device, Task
 
 
@@ -27,20 +27,15 @@ S = TypeVar("S", bound=ChangingState)
 
 
 @dataclass
-class ChangingMask(FederatedStrategy):
+class ChangingMask(GlobalMaskStrategy):
     """Abstract: one global sparse model whose mask changes at the end of rounds ``delta_r``, 2 ``delta_r``, ...
 
-    density: of every client's model, in (0, 1]; density_kind: "nominal" (of the weights that may be pruned) or "true"
-    (of all trainable scalars). layer_densities: "uniform", "er" or "erk". delta_r: rounds between changes, 0 = a
-    thirtieth of all rounds, at most ``interval``. r_stop: the round before which they end, 0 = all rounds over
-    ``parts``; 1 = the mask never changes.
+    layer_densities: "uniform", "er" or "erk". delta_r: rounds between changes, 0 = a thirtieth of all rounds, at most
+    ``interval``. r_stop: the round before which they end, 0 = all rounds over ``parts``; 1 = the mask never changes.
     """
 
-    masked: ClassVar[bool] = True
     interval: ClassVar[int] = 0  # the paper's; 0 = none
     parts: ClassVar[int] = 1
-    density: float = 0.1
-    density_kind: str = "nominal"
     layer_densities: str = "erk"
     delta_r: int = 0
     r_stop: int = 0

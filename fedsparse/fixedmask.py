@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedsparse.client import check_positive
 from fedsparse.globalmask import (
+    GlobalMaskStrategy,
     MaskedState,
     SharedMask,
     averaged,
@@ -22,28 +23,21 @@ from fedsparse.globalmask import (
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import Mask, compact
 from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
-from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
+from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Params, Task
 
 
 @dataclass
-class FixedMaskStrategy(FederatedStrategy):
-    """Abstract: the server finds a mask for the initial parameters; then the weighted mean of compact models.
-
-    density: of every client's model, in (0, 1]; density_kind: "nominal" (of the weights that may be pruned) or "true"
-    (of all trainable scalars).
-    """
+class FixedMaskStrategy(GlobalMaskStrategy):
+    """Abstract: the server finds a mask for the initial parameters; then the weighted mean of compact models."""
 
     client: ClassVar[str] = "fixed_mask"
-    masked: ClassVar[bool] = True
-    density: float = 0.1
-    density_kind: str = "nominal"
 
     @abstractmethod
     def find_mask(self, task: Task, params: Params) -> Mask:
         """The positions that are kept of each weight that may be pruned. Raises UserError where that cannot be."""
 
-    def init(self, task: Task, devices: Sequence[Device]) -> State:
+    def begin(self, task: Task, devices: Sequence[Device]) -> State:
         params = task.init_params()
         shared = SharedMask.first(self.find_mask(task, params), task, devices, self.client_config)
         return MaskedState(compact(params, shared.mask), shared=shared)
@@ -52,9 +46,9 @@ class FixedMaskStrategy(FederatedStrategy):
         assert isinstance(state, MaskedState)
         return masked_packet("train", state.params, state.shared, device)
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
         assert isinstance(state, MaskedState)
-        return misfit(reply, "update", state.common)
+        return misfit(reply.packet, "update", state.common)
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, MaskedState)

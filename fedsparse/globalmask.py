@@ -11,10 +11,11 @@ the initial ones with its first packet, and keeps its own in its memory from the
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ from fedsparse.sparse.pruning import (
     layer_counts,
     weight_budget,
 )
-from fedsparse.strategy import Reply, State, misfit
+from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
 from fedsparse.task import Client, Device, Params, Score, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
@@ -88,9 +89,9 @@ def prunable(task: Task) -> Prunable:
 
 
 def check_densities(density: float, kind: str, family: str, families: Sequence[str] = LAYER_DENSITIES) -> None:
-    """Raise UserError for a density outside (0, 1], and for names that are not known."""
-    if not 0 < density <= 1:
-        raise UserError(f"density must be in (0, 1], got {density}")
+    """Raise UserError for a density outside (0, 1] that is not 0 either, and for names that are not known."""
+    if not 0 <= density <= 1:
+        raise UserError(f"density must be in (0, 1], or 0 for what the budgets allow, got {density}")
     if kind not in DENSITY_KINDS:
         raise unknown("density_kind", kind, DENSITY_KINDS)
     if family not in families:
@@ -176,6 +177,35 @@ def folded(task: Task, params: Mapping[str, Tensor], values: Params, kept: Mask)
 # --- the server's half -----------------------------------------------------------------------------------------------
 
 
+@dataclass
+class GlobalMaskStrategy(FederatedStrategy):
+    """Abstract: one sparse model for all clients.
+
+    density: of it, in (0, 1]; 0 = the smallest of the devices' density budgets, as a "true" one. density_kind:
+    "nominal" (of the weights that may be pruned) or "true" (of all trainable scalars).
+    """
+
+    masked: ClassVar[bool] = True
+    density: float = 0.1
+    density_kind: str = "nominal"
+
+    def init(self, task: Task, devices: Sequence[Device]) -> State:
+        if self.density:
+            return self.begin(task, devices)
+        budgets = [d.budget.density for d in devices if d.budget.density is not None]
+        if not budgets:
+            raise UserError("density = 0 takes the devices' density budgets, and no device has one: set budget.tiers")
+        return replace(self, density=self.within(budgets), density_kind="true").begin(task, devices)
+
+    def within(self, budgets: Sequence[float]) -> float:
+        """The density of a model for devices of these density budgets."""
+        return min(budgets)
+
+    @abstractmethod
+    def begin(self, task: Task, devices: Sequence[Device]) -> State:
+        """``init`` once the density is known."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MaskedState(State):
     """``params`` are compact under ``shared.mask``; of what is ``local`` they are what clients begin with."""
@@ -247,6 +277,10 @@ class SharedMask:
         ids, held, trained = list(ids), self.held.clone(), self.trained.clone()
         held[ids], trained[ids] = self.version, True
         return replace(self, held=held, trained=trained)
+
+    def packed_of(self, name: str) -> Tensor:
+        """The packed positions of one weight."""
+        return self.packed[_MASK + name]
 
     def holds(self, device: Device) -> bool:
         """Whether a device holds this version."""

@@ -109,16 +109,23 @@ def score_masked(task: Task, params: Mapping[str, Tensor], mask: Mask, data: Spl
 
 
 def top_gradients(
-    task: Task, params: Mapping[str, Tensor], mask: Mask, batch: Split, counts: Mapping[str, int]
+    task: Task,
+    params: Mapping[str, Tensor],
+    mask: Mask,
+    batch: Split,
+    counts: Mapping[str, int],
+    passed: Mask | None = None,
 ) -> Found:
     """The ``counts[name]`` largest gradients, by magnitude, of weights that the mask leaves out.
 
-    Of the loss on ``batch``, in training mode, on copies of the running statistics. Returns name -> (positions,
-    values): (a,) int32 ascending flat positions and (a,) signed float32 gradients; of equals the lowest position.
+    Of the loss on ``batch``, in training mode, on copies of the running statistics. passed: larger masks of some
+    weights, whose positions are passed over too. Returns name -> (positions, values): (a,) int32 ascending flat
+    positions and (a,) signed float32 gradients; of equals the lowest position.
     (FedTiny, arXiv 2212.01977: what a device uploads in an adjustment round.)
     """
     own = {name: t.detach().clone() if name in task.buffers else t.detach() for name, t in params.items()}
-    top = {name: _Top(mask[name], a) for name, a in counts.items()}
+    over = {**mask, **(passed or {})}
+    top = {name: _Top(over[name], a) for name, a in counts.items()}
     task.model.train(True)
     executor = _executor(task, own, mask)
     if executor is not None:

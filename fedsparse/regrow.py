@@ -6,7 +6,7 @@ round with their weights; what a client did not send counts as 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,10 +45,14 @@ def search(
     data: Split,
     batch_size: int,
     rng: torch.Generator,
+    passed: Mask | None = None,
 ) -> Search:
-    """The ``counts`` largest gradients of pruned weights on one batch, drawn from ``data`` by ``rng``."""
+    """The ``counts`` largest gradients of pruned weights on one batch, drawn from ``data`` by ``rng``.
+
+    passed: positions that are passed over too, see :func:`top_gradients`.
+    """
     chosen = torch.randperm(len(data), generator=rng)[:batch_size]
-    found = top_gradients(task, params, mask, Split(data.x[chosen], data.y[chosen]), counts)
+    found = top_gradients(task, params, mask, Split(data.x[chosen], data.y[chosen]), counts, passed)
     model = prunable(task)
     names = [model.weights[name].name for name in counts]
     flops = cost.search_flops(model.layers, len(chosen), names, model.cut(mask))
@@ -86,16 +90,15 @@ def gradient_complaint(reply: Packet, counts: Mapping[str, int], sizes: Mapping[
 class GradientMean:
     """sum n * g / sum n over the replies, in float64 and in the order in which they come."""
 
-    def __init__(self, counts: Mapping[str, int], sizes: Mapping[str, int]) -> None:
-        self._counts = dict(counts)
-        self._sizes = {name: sizes[name] for name in counts}
-        self._sums = {name: torch.zeros(sizes[name], dtype=torch.float64) for name in counts}
+    def __init__(self, names: Iterable[str], sizes: Mapping[str, int]) -> None:
+        self._sizes = {name: sizes[name] for name in names}
+        self._sums = {name: torch.zeros(size, dtype=torch.float64) for name, size in self._sizes.items()}
         self._weight = 0.0
 
-    def add(self, reply: Packet, n: float) -> None:
-        """Count a reply with weight ``n``; keeps no view of it."""
+    def add(self, reply: Packet, counts: Mapping[str, int], n: float) -> None:
+        """Count a reply that has ``counts`` gradients of each weight, with weight ``n``; keeps no view of it."""
         self._weight += n
-        for name, a in self._counts.items():
+        for name, a in counts.items():
             at = unpack_positions(reply.tensors[_AT + name], self._sizes[name], a).long()
             self._sums[name][at] += n * reply.tensors[_TOP + name].double()
 

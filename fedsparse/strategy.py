@@ -156,7 +156,7 @@ class FederatedStrategy(Strategy):
         """Who of a cohort is asked in the state's stage: everybody, but a preparation may need one client alone."""
         return cohort
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
         """What is wrong with a training reply's kind, names, shapes or types, or "". Checked before ``reduce``."""
         return ""
 
@@ -417,12 +417,15 @@ class FederatedStrategy(Strategy):
             if training and not _is_weight(packet.scalars.get("weight")):
                 weight = packet.scalars.get("weight")
                 raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {weight!r}")
-            if training and (complaint := self.complaint(self._session.task, self._session.state, packet)):
+            if training and (complaint := self._complaint(device, packet)):
                 raise ClientError(f"{where}: {complaint}")
         except ClientError as error:
             self._fail(device, error, training=training)
             return None
         return packet
+
+    def _complaint(self, device: Device, packet: Packet) -> str:
+        return self.complaint(self._session.task, self._session.state, Reply(device, packet))
 
     def _fail(self, device: Device, error: ClientError, *, training: bool) -> None:
         """Stop the run, or count the failure and leave the client out of this round."""
@@ -485,8 +488,8 @@ class AveragingStrategy(FederatedStrategy):
     def broadcast(self, state: State, device: Device) -> Packet:
         return Packet("train", state.params)
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
-        return misfit(reply, "update", state.params)
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
+        return misfit(reply.packet, "update", state.params)
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         mean = WeightedMean()

@@ -67,7 +67,7 @@ class FedDST(ChangingMask):
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
 
-    def init(self, task: Task, devices: Sequence[Device]) -> State:
+    def begin(self, task: Task, devices: Sequence[Device]) -> State:
         params = task.init_params()
         counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
         shared = SharedMask.first(first_mask(task, params, counts, self.initial), task, devices, self.client_config)
@@ -84,12 +84,12 @@ class FedDST(ChangingMask):
         grow = {"grow": state.grow} if bool(state.grow.any()) else {}
         return masked_packet("train", state.params, state.shared, device, **grow)
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
         assert isinstance(state, FedDSTState)
         if not bool(state.grow.any()):
-            return misfit(reply, "update", state.common)
+            return misfit(reply.packet, "update", state.common)
         counts = {name: len(kept) for name, kept in state.shared.mask.items()}
-        return own_mask_complaint(task, reply, "update", masked_form(task, state.common, counts))
+        return own_mask_complaint(task, reply.packet, "update", masked_form(task, state.common, counts))
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, FedDSTState)

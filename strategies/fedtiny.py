@@ -12,7 +12,7 @@ pruned; gradients are averaged with the devices' shares of the data; first convo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,10 +21,11 @@ from torch import Tensor
 
 from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, candidate_counts, lowest_loss, union_mask
 from fedsparse.changing import ChangingMask, ChangingState
-from fedsparse.client import check_positive
+from fedsparse.client import check_not_negative, check_positive
 from fedsparse.errors import UserError, unknown
-from fedsparse.globalmask import SharedMask, masked_packet, prunable
+from fedsparse.globalmask import SharedMask, kept_counts, masked_packet, prunable
 from fedsparse.models.norms import read_statistics, with_statistics
+from fedsparse.nested import Levels, asked_of, averaged_parts, chosen, first_levels, level_of, level_tensors
 from fedsparse.packet import Packet
 from fedsparse.regrow import (
     GradientMean,
@@ -36,10 +37,11 @@ from fedsparse.regrow import (
 )
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import sgd
-from fedsparse.sparse.masks import compact
+from fedsparse.sparse.masks import Mask, compact
 from fedsparse.sparse.pruning import (
     GRANULARITIES,
     ORDERS,
+    Counts,
     exchange_count,
     exchange_share,
     layer_groups,
@@ -67,13 +69,19 @@ class FedTinyState(ChangingState):
 
     counts: (C, layers) int32, the candidates; statistics: (C, 2, channels) float32, empty before they are known;
     informed: (devices,) bool, who holds the candidates. grow: (layers,) int32, the gradients asked for in the next
-    round.
+    round. levels: the parts of the model for smaller budgets, filled once it is selected; nest_every: rounds between
+    new choices of them.
     """
 
     counts: Tensor
     statistics: Tensor
     informed: Tensor
     grow: Tensor
+    levels: Levels = ()
+    nest_every: int = 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {**super().tensors(), **level_tensors(self.levels)}
 
 
 @dataclass
@@ -85,7 +93,9 @@ class FedTiny(ChangingMask):
     variance: of the statistics, "mean" or "total" (:class:`StatisticsMean`). pretrain: "none" or "holdout" (on
     ``server_data``, for ``pretrain_epochs``). progressive: change the mask while training; granularity and order:
     which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r, r_stop: 0 = a thirtieth
-    and a third of all rounds.
+    and a third of all rounds. nested: a device of a smaller density budget trains a part of the model, density 0 is the
+    largest budget, and the parts are chosen anew every ``nest_every`` rounds (0 = a thirtieth of all) and with every
+    change of the mask; an extension.
     """
 
     client: ClassVar[str] = "fedtiny"
@@ -101,6 +111,8 @@ class FedTiny(ChangingMask):
     granularity: str = "block"
     order: str = "backward"
     alpha: float = 0.3
+    nested: bool = False
+    nest_every: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -112,10 +124,14 @@ class FedTiny(ChangingMask):
             raise UserError('pretrain = "public" is not supported yet; use "holdout" or "none"')
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
+        check_not_negative(nest_every=self.nest_every)
 
     # --- before round 1 ----------------------------------------------------------------------------------------------
 
-    def init(self, task: Task, devices: Sequence[Device]) -> State:
+    def within(self, budgets: Sequence[float]) -> float:
+        return max(budgets) if self.nested else super().within(budgets)
+
+    def begin(self, task: Task, devices: Sequence[Device]) -> State:
         params = self._pretrained(task)
         counts = candidate_counts(task, self.density, self.density_kind, self.layer_densities, self.pool)
         shared = SharedMask.first(union_mask(task, params, counts), task, devices, self.client_config)
@@ -127,17 +143,32 @@ class FedTiny(ChangingMask):
             informed=torch.zeros(len(shared.held), dtype=torch.bool),
             grow=torch.zeros(len(prunable(task).weights), dtype=torch.int32),
         )
+        if self.nested:
+            kept = kept_counts(task, self.density, self.density_kind, self.layer_densities)
+            state = replace(state, levels=first_levels(task, devices, kept, self.client_config))
         if len(counts) == 1:
-            return state
+            return self._chosen(task, state)
         norms = read_statistics(task, params).numel() > 0
         return replace(state, stage="calibrate" if norms and self.selection == "adaptive" else "probe")
+
+    def invited(self, state: State, cohort: Sequence[Device]) -> Sequence[Device]:
+        """Candidates are selected by devices that hold the whole model."""
+        assert isinstance(state, FedTinyState)
+        able = cohort if state.stage == "train" else [d for d in cohort if level_of(state.levels, d) is None]
+        if not able:
+            raise UserError(
+                f"none of the {len(cohort)} clients that would select a candidate has the density budget of the whole"
+                " model; raise fraction or set pool = 1"
+            )
+        return able
 
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         assert isinstance(state, FedTinyState)
         delta, stop = self.schedule(rounds) if self.progressive else (0, 0)
         if state.stage == "probe" and self.selection == "adaptive":
             _log.info("the model has no batch norm: candidates are selected by their loss alone")
-        return self._announced(task, replace(state, delta_r=delta, r_stop=stop))
+        nest = self.nest_every or max(1, round(rounds / 30))
+        return self._announced(task, replace(state, delta_r=delta, r_stop=stop, nest_every=nest))
 
     def _pretrained(self, task: Task) -> Params:
         """The dense model that the server starts from (phase 0)."""
@@ -158,6 +189,9 @@ class FedTiny(ChangingMask):
     def broadcast(self, state: State, device: Device) -> Packet:
         assert isinstance(state, FedTinyState)
         if state.stage == "train":
+            level = level_of(state.levels, device)
+            if level:
+                return masked_packet("train", level.params, level.shared, device, **level.asked)
             grow = {"grow": state.grow} if bool(state.grow.any()) else {}
             return masked_packet("train", state.params, state.shared, device, **grow)
         extra = {"statistics": state.statistics} if state.statistics.numel() else {}
@@ -165,22 +199,25 @@ class FedTiny(ChangingMask):
             return Packet(state.stage, extra)
         return masked_packet(state.stage, state.params, state.shared, device, counts=state.counts, **extra)
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
         assert isinstance(state, FedTinyState)
         if state.stage == "train":
-            sizes, counts = prunable(task).sizes, named_counts(state.grow, prunable(task).weights)
-            bad = misfit(reply, "update", {**state.common, **gradient_form(counts, sizes)})
-            return bad or gradient_complaint(reply, counts, sizes, state.shared.mask)
-        n = reply.scalars.get("development")
+            sizes, counts = prunable(task).sizes, self._asked(task, state, reply.device)
+            common = (level_of(state.levels, reply.device) or state).common
+            bad = misfit(reply.packet, "update", {**common, **gradient_form(counts, sizes)})
+            return bad or gradient_complaint(reply.packet, counts, sizes, state.shared.mask)
+        n = reply.packet.scalars.get("development")
         if not isinstance(n, int) or n < 1:
             return f"the reply's scalar 'development' must be a number of examples above 0, got {n!r}"
         c = len(state.counts)
         if state.stage == "probe":
-            return misfit(reply, "losses", {"losses": torch.empty(c), "correct": torch.empty(c, dtype=torch.int32)})
+            return misfit(
+                reply.packet, "losses", {"losses": torch.empty(c), "correct": torch.empty(c, dtype=torch.int32)}
+            )
         form = read_statistics(task, state.params).shape
         none = torch.empty(0, *form)
-        bad = misfit(reply, "statistics", {"statistics": none})
-        return bad and misfit(reply, "statistics", {"statistics": none.new_empty(c, *form)})
+        bad = misfit(reply.packet, "statistics", {"statistics": none})
+        return bad and misfit(reply.packet, "statistics", {"statistics": none.new_empty(c, *form)})
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, FedTinyState)
@@ -216,7 +253,7 @@ class FedTiny(ChangingMask):
         if state.statistics.numel():
             params = with_statistics(task, params, state.statistics[best])
         _log.info("candidate %d of %d is selected", best, len(state.counts))
-        return replace(
+        selected = replace(
             state,
             stage="train",
             params=params,
@@ -225,16 +262,35 @@ class FedTiny(ChangingMask):
             statistics=torch.empty(0),
             informed=torch.zeros_like(state.informed),
         )
+        return self._chosen(task, selected)
 
     def _trained(self, task: Task, state: FedTinyState, replies: Iterable[Reply]) -> FedTinyState:
         """A round of FedAvg, and in an adjustment round the exchange of weights."""
         counts = named_counts(state.grow, prunable(task).weights)
         gradients = GradientMean(counts, prunable(task).sizes)
-        new = self.averaged(state, replies, lambda reply: gradients.add(reply.packet, reply.weight))
+
+        def see(reply: Reply) -> None:
+            gradients.add(reply.packet, self._asked(task, state, reply.device), reply.weight)
+
+        new = self._averaged(task, state, replies, see)
         if counts:
             params, mask = exchanged(new.params, new.shared.mask, gradients.result(), counts)
             new = replace(new, params=params, shared=new.shared.changed_to(mask, task))
+        if counts or new.round % new.nest_every == 0:
+            new = self._chosen(task, new)
         return replace(new, adjustments=state.adjustments + self.adjusts(state, new.round))
+
+    def _averaged(
+        self, task: Task, state: FedTinyState, replies: Iterable[Reply], see: Callable[[Reply], None]
+    ) -> FedTinyState:
+        if not state.levels:
+            return self.averaged(state, replies, see)
+        params, shared, levels = averaged_parts(task, state, state.levels, replies, see)
+        return replace(state, params=params, shared=shared, levels=levels, round=state.round + 1)
+
+    def _chosen(self, task: Task, state: FedTinyState) -> FedTinyState:
+        """The state with its levels chosen anew from the model."""
+        return replace(state, levels=chosen(task, state.params, state.shared.mask, state.levels))
 
     # --- the schedule ------------------------------------------------------------------------------------------------
 
@@ -242,12 +298,25 @@ class FedTiny(ChangingMask):
         """The state with the gradients that the next round asks for: those of the group whose turn it is."""
         turn, mask, model = state.round + 1, state.shared.mask, prunable(task)
         groups = layer_groups(list(mask), self.granularity, self.order)
-        counts: dict[str, int] = {}
-        if state.stage == "train" and groups and self.adjusts(state, turn):
-            share = exchange_share(self.alpha, turn, state.r_stop)
-            group = groups[state.adjustments % len(groups)]
-            counts = {name: exchange_count(share, len(mask[name]), model.sizes[name]) for name in group}
-        return replace(state, grow=counts_row(counts, model.weights))
+        if state.stage != "train" or not groups or not self.adjusts(state, turn):
+            levels = tuple(replace(level, asked={}) for level in state.levels)
+            return replace(state, grow=counts_row({}, model.weights), levels=levels)
+        share = exchange_share(self.alpha, turn, state.r_stop)
+        group = groups[state.adjustments % len(groups)]
+
+        def row(part: Mask) -> Tensor:
+            """A part may exchange by its own size; no more than the model has pruned."""
+            sizes = {name: model.sizes[name] - len(mask[name]) + len(part[name]) for name in group}
+            return counts_row({n: exchange_count(share, len(part[n]), sizes[n]) for n in group}, model.weights)
+
+        levels = tuple(asked_of(task, level, row(level.shared.mask), state.shared) for level in state.levels)
+        return replace(state, grow=row(mask), levels=levels)
+
+    def _asked(self, task: Task, state: FedTinyState, device: Device) -> Counts:
+        """How many gradients of each weight this round asks a device for."""
+        level = level_of(state.levels, device)
+        row = level.asked.get("grow", state.grow[:0]) if level else state.grow
+        return named_counts(row, prunable(task).weights) if len(row) else {}
 
 
 _CHOICES = {

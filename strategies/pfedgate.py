@@ -240,16 +240,17 @@ class PFedGate(FederatedStrategy):
 
     # --- up ----------------------------------------------------------------------------------------------------------
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
+        packet = reply.packet
         wanted = {"values", "touched"} | ({"next"} if self._half.download == "kept" else set())
-        if reply.kind != "update" or reply.tensors.keys() != wanted:
-            return f"a reply {reply.kind!r} of {sorted(reply.tensors)}, where 'update' of {sorted(wanted)} is wanted"
-        cut, values = self.gated.cut, reply.tensors["values"]
+        if packet.kind != "update" or packet.tensors.keys() != wanted:
+            return f"a reply {packet.kind!r} of {sorted(packet.tensors)}, where 'update' of {sorted(wanted)} is wanted"
+        cut, values = self.gated.cut, packet.tensors["values"]
         try:
-            for _ in unpack(values, cut, unpack_bits(reply.tensors["touched"], cut.parts), task.shapes):
+            for _ in unpack(values, cut, unpack_bits(packet.tensors["touched"], cut.parts), task.shapes):
                 break
             if "next" in wanted:
-                unpack_bits(reply.tensors["next"], cut.blocks)
+                unpack_bits(packet.tensors["next"], cut.blocks)
         except UserError as error:
             return str(error)
         return "" if values.dtype == torch.float32 else f"tensor 'values' is {values.dtype}, not torch.float32"

@@ -90,7 +90,7 @@ class PruneFL(ChangingMask):
 
     # --- before round 1 ----------------------------------------------------------------------------------------------
 
-    def init(self, task: Task, devices: Sequence[Device]) -> State:
+    def begin(self, task: Task, devices: Sequence[Device]) -> State:
         params, mask = task.init_params(), {}
         if self.initial != "client":
             counts = kept_counts(task, self.density, self.density_kind, self.layer_densities)
@@ -146,20 +146,20 @@ class PruneFL(ChangingMask):
             return packet
         return replace(packet, scalars={**packet.scalars, "squares": 1})
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
         assert isinstance(state, PruneFLState)
         sizes = prunable(task).sizes
         if state.stage == "prune":
-            counts = {n: t.numel() for n in sizes if (t := reply.tensors.get(n)) is not None and t.ndim == 1}
+            counts = {n: t.numel() for n in sizes if (t := reply.packet.tensors.get(n)) is not None and t.ndim == 1}
             if wrong := [name for name, k in counts.items() if not 0 < k < sizes[name]]:
                 return f"tensor {wrong[0]!r} has {counts[wrong[0]]} kept weights of {sizes[wrong[0]]}"
             kept = sum(counts.get(name, size) for name, size in sizes.items())
-            bad = own_mask_complaint(task, reply, "pruned", masked_form(task, state.params, counts))
+            bad = own_mask_complaint(task, reply.packet, "pruned", masked_form(task, state.params, counts))
             return bad or (f"it keeps {kept} weights, {state.budget} are allowed" if kept > state.budget else "")
         if not self.adjusts(state, state.round + 1):
-            return misfit(reply, "update", state.common)
-        bad = misfit(reply, "update", {**state.common, **square_form(sizes)})
-        return bad or square_complaint(reply, sizes)
+            return misfit(reply.packet, "update", state.common)
+        bad = misfit(reply.packet, "update", {**state.common, **square_form(sizes)})
+        return bad or square_complaint(reply.packet, sizes)
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, PruneFLState)

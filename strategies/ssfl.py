@@ -18,6 +18,7 @@ from typing import ClassVar
 import torch
 
 from fedsparse.globalmask import (
+    GlobalMaskStrategy,
     MaskedState,
     SharedMask,
     averaged,
@@ -29,47 +30,55 @@ from fedsparse.globalmask import (
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.mean import WeightedMean
-from fedsparse.sparse.pruning import RANKINGS, Groups, prune_in_steps
-from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
+from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
+from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Task
 
 
+@dataclass(frozen=True, kw_only=True)
+class SsflState(MaskedState):
+    """how: the density and its kind."""
+
+    how: tuple[float, str]
+
+
 @dataclass
-class Ssfl(FederatedStrategy):
+class Ssfl(GlobalMaskStrategy):
     """The mask of the largest mean of the clients' scores; then the weighted mean of compact models.
 
-    density, density_kind: as for a fixed mask. layer_densities: "global" (all layers are ranked together, as in the
-    paper), or "uniform", "er" or "erk": ranked within each layer.
+    layer_densities: "global" (all layers are ranked together, as in the paper), or "uniform", "er" or "erk": ranked
+    within each layer.
     """
 
     client: ClassVar[str] = "ssfl"
-    masked: ClassVar[bool] = True
     preparation: ClassVar[tuple[str, ...]] = ("score",)
-    density: float = 0.1
-    density_kind: str = "nominal"
     layer_densities: str = "global"
 
     def __post_init__(self) -> None:
         check_densities(self.density, self.density_kind, self.layer_densities, RANKINGS)
 
-    def init(self, task: Task, devices: Sequence[Device]) -> State:
-        everything = sum(self._groups(task).values()) == sum(prunable(task).sizes.values())
-        stage = "train" if everything else "score"
-        return MaskedState(task.init_params(), stage, shared=SharedMask.first({}, task, devices, self.client_config))
+    def begin(self, task: Task, devices: Sequence[Device]) -> State:
+        groups = ranked_groups(task, self.density, self.density_kind, self.layer_densities)
+        stage = "train" if sum(groups.values()) == sum(prunable(task).sizes.values()) else "score"
+        how = self.density, self.density_kind
+        return SsflState(
+            task.init_params(), stage, how=how, shared=SharedMask.first({}, task, devices, self.client_config)
+        )
 
     def broadcast(self, state: State, device: Device) -> Packet:
         assert isinstance(state, MaskedState)
         return masked_packet(state.stage, state.params, state.shared, device)
 
-    def complaint(self, task: Task, state: State, reply: Packet) -> str:
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
+        assert isinstance(state, MaskedState)
         if state.stage == "train":
-            return misfit(reply, "update", state.common)
-        bad = misfit(reply, "scores", {name: torch.empty(size) for name, size in prunable(task).sizes.items()})
-        negative = [name for name, t in reply.tensors.items() if not bad and bool((t < 0).any())]
+            return misfit(reply.packet, "update", state.common)
+        bad = misfit(reply.packet, "scores", {name: torch.empty(size) for name, size in prunable(task).sizes.items()})
+        negative = [name for name, t in reply.packet.tensors.items() if not bad and bool((t < 0).any())]
         return f"the scores of {negative[0]!r} must be at least 0" if negative else bad
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
-        assert isinstance(state, MaskedState)
+        assert isinstance(state, SsflState)
         if state.stage == "train":
             return averaged(state, replies)
         mean, names = WeightedMean(), []
@@ -79,9 +88,7 @@ class Ssfl(FederatedStrategy):
         if not names:  # all have failed: the round says why
             return state
         scores = mean.result({name: torch.empty(0) for name in names})
-        mask = prune_in_steps(lambda _: scores, prunable(task).sizes, self._groups(task), 1)
+        groups = ranked_groups(task, *state.how, self.layer_densities)
+        mask = prune_in_steps(lambda _: scores, prunable(task).sizes, groups, 1)
         shared = state.shared.changed_to(mask, task)
         return replace(state, stage="train", params=compact(state.params, shared.mask), shared=shared)
-
-    def _groups(self, task: Task) -> Groups:
-        return ranked_groups(task, self.density, self.density_kind, self.layer_densities)

@@ -91,7 +91,7 @@ def exchanged_by_hand(
         packet = strategy.broadcast(state, device)
         rng = torch_rng(0, state.round, device.id)
         reply, memories[device.id] = half.train(task, by_id[device.id], packet, memories.get(device.id, {}), rng)
-        assert strategy.complaint(task, state, reply) == ""
+        assert strategy.complaint(task, state, Reply(device, reply)) == ""
         replies.append(Reply(device, reply))
     after = strategy.reduce(task, state, replies)
     assert type(after) is type(state)

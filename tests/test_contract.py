@@ -16,7 +16,7 @@ from fedsparse.method import build, hyper_parameters, load_method, method_names
 from fedsparse.packet import Packet, decode, encode, same
 from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
-from fedsparse.strategy import FederatedStrategy, Plan
+from fedsparse.strategy import FederatedStrategy, Plan, Reply
 from fedsparse.task import Budget, Device, Task
 from tests.helpers import dropout_task, norm_task, small_clients, small_split, small_task
 
@@ -221,7 +221,7 @@ def test_a_reply_of_the_wrong_form_is_refused(name: str, damage: str) -> None:
     _, reply, _, (_, client) = first_exchange(name, task)
     strategy, _ = halves(name, batch_size=8)
     state = strategy.init(task, [client.device])
-    assert strategy.complaint(task, state, reply) == ""
+    assert strategy.complaint(task, state, Reply(Device(0), reply)) == ""
     tensors, first = dict(reply.tensors), next(iter(reply.tensors))
     if damage == "missing":
         del tensors[first]
@@ -233,7 +233,9 @@ def test_a_reply_of_the_wrong_form_is_refused(name: str, damage: str) -> None:
         tensors[first] = tensors[first].double()
     elif damage == "bitmap":
         tensors[list(tensors)[-1]] = torch.ones(99, dtype=torch.uint8)
-    assert strategy.complaint(task, state, Packet("odd" if damage == "kind" else reply.kind, tensors, reply.scalars))
+    assert strategy.complaint(
+        task, state, Reply(Device(0), Packet("odd" if damage == "kind" else reply.kind, tensors, reply.scalars))
+    )
 
 
 def test_fine_tuning_does_not_touch_the_accuracy_before_aggregation() -> None:

@@ -23,8 +23,8 @@ from fedsparse.sgd import batches
 from fedsparse.sparse.masks import check_mask
 from fedsparse.sparse.mean import HolderMean, WeightedMean
 from fedsparse.sparse.positions import pack_positions
-from fedsparse.strategy import Plan
-from fedsparse.task import Client, Split, Task
+from fedsparse.strategy import Plan, Reply
+from fedsparse.task import Client, Device, Split, Task
 from strategies.feddst import FedDST, FedDSTState
 from tests.helpers import exchanged_by_hand, norm_task, small_clients, small_task, started
 from tests.test_contract import TASKS, halves, run_method
@@ -227,7 +227,7 @@ def test_only_a_readjustment_carries_a_mask_up() -> None:
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
-        ({"density": 2.0}, r"density must be in \(0, 1\], got 2.0"),
+        ({"density": 2.0}, r"density must be in \(0, 1\], or 0 for what the budgets allow, got 2.0"),
         ({"alpha": 0.0}, r"alpha must be in \(0, 1\], got 0"),
         ({"initial": "snip"}, "unknown initial 'snip'"),
         ({"adjust_at": 0.0}, r"adjust_at must be in \(0, 1\], got 0"),
@@ -256,7 +256,7 @@ def test_masks_that_do_not_fit_are_refused(damage: str, message: str) -> None:
     strategy, half = dst(density=300 / 32768, **FAST)
     state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
-    assert strategy.complaint(task, state, reply) == ""
+    assert strategy.complaint(task, state, Reply(Device(0), reply)) == ""
     tensors = dict(reply.tensors)
     if damage in ("repeat", "order"):
         wrong = [7, *range(7, 306)] if damage == "repeat" else [9, 3, *range(10, 308)]
@@ -268,7 +268,7 @@ def test_masks_that_do_not_fit_are_refused(damage: str, message: str) -> None:
         del tensors[f"mask/{LAYER}"]
     else:
         tensors["mask/output.weight"] = torch.zeros(3, dtype=torch.uint8)
-    assert message in strategy.complaint(task, state, Packet(reply.kind, tensors, reply.scalars))
+    assert message in strategy.complaint(task, state, Reply(Device(0), Packet(reply.kind, tensors, reply.scalars)))
 
 
 def test_positions_outside_are_refused() -> None:
@@ -280,7 +280,9 @@ def test_positions_outside_are_refused() -> None:
     size = prunable(task).sizes[name]
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
     wrong = pack_positions(torch.tensor([*range(len(kept) - 1), size]), size)
-    line = strategy.complaint(task, state, Packet(reply.kind, {**reply.tensors, f"mask/{name}": wrong}, reply.scalars))
+    line = strategy.complaint(
+        task, state, Reply(Device(0), Packet(reply.kind, {**reply.tensors, f"mask/{name}": wrong}, reply.scalars))
+    )
     assert line.startswith(f"mask of {name!r}: packed positions are not")
 
 

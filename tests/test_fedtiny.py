@@ -27,7 +27,7 @@ from fedsparse.packet import Packet, decode
 from fedsparse.runner import digest
 from fedsparse.seeding import torch_rng
 from fedsparse.sparse.positions import pack_positions, unpack_positions
-from fedsparse.strategy import Plan
+from fedsparse.strategy import Plan, Reply
 from fedsparse.task import Device, Split, Task
 from strategies.fedtiny import FedTiny, FedTinyState
 from tests.helpers import CLASSES, exchanged_by_hand, norm_task, small_clients, small_split, small_task, started
@@ -213,7 +213,7 @@ def test_the_second_exchange_sends_the_candidates_only_to_who_lacks_them() -> No
     assert set(known.tensors) == {"statistics"}
     assert {"statistics", "counts", "mask/fc1.weight", *task.shapes} == set(new.tensors)
     one = half.train(task, clients[2], new, {}, torch_rng(0))[0]
-    assert strategy.complaint(task, state, one) == ""
+    assert strategy.complaint(task, state, Reply(Device(0), one)) == ""
     held = half.train(task, clients[0], known, memories[0], torch_rng(0))[0]
     whole = half.train(task, clients[0], new, {}, torch_rng(0))[0]
     assert torch.equal(held.tensors["losses"], whole.tensors["losses"])
@@ -487,7 +487,7 @@ def test_the_server_trains_first_on_what_it_has() -> None:
     ("hyper", "message"),
     [
         ({"pool": 0}, "pool must be above 0, got 0"),
-        ({"density": -1.0}, r"density must be in \(0, 1\], got -1"),
+        ({"density": -1.0}, r"density must be in \(0, 1\], or 0 for what the budgets allow, got -1"),
         ({"alpha": 0.0}, r"alpha must be in \(0, 1\], got 0"),
         ({"granularity": "blocks"}, "unknown granularity 'blocks'; did you mean 'block'"),
         ({"order": "reverse"}, "unknown order 'reverse'"),
@@ -553,7 +553,7 @@ def test_gradients_that_do_not_fit_are_refused(damage: str, message: str) -> Non
     strategy, half = tiny(density=0.02, pool=1, delta_r=1, r_stop=5)  # 2,700 weights: 54 kept, 12 bits a position
     state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
-    assert strategy.complaint(task, state, reply) == ""
+    assert strategy.complaint(task, state, Reply(Device(0), reply)) == ""
     tensors = dict(reply.tensors)
     a = len(tensors["top/fc1.weight"])
     free = [i for i in range(2700) if i not in state.shared.mask["fc1.weight"].tolist()][:a]
@@ -570,7 +570,7 @@ def test_gradients_that_do_not_fit_are_refused(damage: str, message: str) -> Non
         tensors["top/conv1.weight"] = torch.ones(2)
     else:
         tensors["at/fc1.weight"] = tensors["at/fc1.weight"][:-1]
-    complaint = strategy.complaint(task, state, replace(reply, tensors=tensors))
+    complaint = strategy.complaint(task, state, Reply(Device(0), replace(reply, tensors=tensors)))
     assert re.search(message, complaint)
 
 
@@ -600,4 +600,6 @@ def test_replies_of_the_selection_of_a_wrong_form_are_refused(stage: str, damage
     reply = replies[-1].packet
     tensors = {n: t[:-1] if damage == "rows" else t for n, t in reply.tensors.items()}
     scalars = {**reply.scalars, "development": 0 if damage == "development" else 3}
-    assert strategy.complaint(task, state, Packet("odd" if damage == "kind" else reply.kind, tensors, scalars))
+    assert strategy.complaint(
+        task, state, Reply(Device(0), Packet("odd" if damage == "kind" else reply.kind, tensors, scalars))
+    )

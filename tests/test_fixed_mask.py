@@ -200,8 +200,8 @@ def test_bytes_of_resnet18_at_one_percent() -> None:
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
-        ({"density": 1.5}, r"density must be in \(0, 1\], got 1.5"),
+        ({"density": -0.5}, r"density must be in \(0, 1\], or 0 for what the budgets allow, got -0.5"),
+        ({"density": 1.5}, r"density must be in \(0, 1\], or 0 for what the budgets allow, got 1.5"),
         ({"criterion": "luck"}, "unknown criterion 'luck'"),
         ({"layer_densities": "erg"}, "unknown layer_densities 'erg'; did you mean 'er'"),
         ({"density_kind": "real"}, "unknown density_kind 'real'"),

@@ -69,12 +69,12 @@ def test_they_travel_once_down_and_never_up(name: str) -> None:
             reply, memories[device.id] = half.train(
                 task, clients[device.id], packet, memories.get(device.id, {}), torch_rng(0, turn, device.id)
             )
-            assert strategy.complaint(task, state, reply) == ""
+            assert strategy.complaint(task, state, Reply(device, reply)) == ""
             if stage == "train":
                 assert not reply.tensors.keys() & set(BATCH_NORM)
                 trained.add(device.id)
                 foreign = replace(reply, tensors={**reply.tensors, BATCH_NORM[0]: torch.ones(16)})
-                assert strategy.complaint(task, state, foreign)
+                assert strategy.complaint(task, state, Reply(device, foreign))
             replies.append(Reply(device, reply))
         before = state.params
         state = strategy.reduce(task, state, replies)

@@ -99,7 +99,7 @@ def play(
             packet = decode(encode(server.broadcast(state, client.device)))
             rng = torch_rng("round", number, client.id)
             reply, memories[client.id] = half.train(task, client, packet, memories[client.id], rng)
-            assert server.complaint(task, state, reply) == ""
+            assert server.complaint(task, state, Reply(Device(0), reply)) == ""
             answers.append(Reply(client.device, reply))
         state = server.reduce(task, state, iter(answers))
         replies += [a.packet for a in answers]
@@ -265,7 +265,7 @@ def test_groups_become_small_enough_for_the_smallest_budget() -> None:
     packet = server.broadcast(state, devices[1])
     reply, _ = train(task, make_client(task, 1, 0.15), packet, blocks_per_layer=4, max_block_frac=1.0)
     assert reply.scalars["density_true"] <= 0.15
-    assert server.complaint(task, state, reply) == ""
+    assert server.complaint(task, state, Reply(Device(0), reply)) == ""
 
 
 def test_without_a_budget_every_block_is_kept() -> None:
@@ -738,17 +738,19 @@ def test_misfit_replies_are_named() -> None:
     client = make_client(task, 0, 0.6)
     server, state = server_of(task, [client], mask_scope="round", download="kept")
     reply, _ = train(task, client, server.broadcast(state, client.device), mask_scope="round", download="kept")
-    assert server.complaint(task, state, reply) == ""
+    assert server.complaint(task, state, Reply(Device(0), reply)) == ""
     for change, words in (
         ({"values": reply.tensors["values"][:-1]}, "does not fit its bitmap"),
         ({"touched": reply.tensors["touched"][:-1]}, "bits has"),
         ({"next": torch.zeros(1, dtype=torch.uint8)}, "bits has"),
         ({"values": reply.tensors["values"].double()}, "not torch.float32"),
     ):
-        assert words in server.complaint(task, state, replace(reply, tensors={**reply.tensors, **change}))
+        assert words in server.complaint(
+            task, state, Reply(Device(0), replace(reply, tensors={**reply.tensors, **change}))
+        )
     short = {k: v for k, v in reply.tensors.items() if k != "next"}
-    assert "'next'" in server.complaint(task, state, replace(reply, tensors=short))
-    assert server.complaint(task, state, replace(reply, kind="train")).startswith("a reply 'train'")
+    assert "'next'" in server.complaint(task, state, Reply(Device(0), replace(reply, tensors=short)))
+    assert server.complaint(task, state, Reply(Device(0), replace(reply, kind="train"))).startswith("a reply 'train'")
 
 
 # --- novel clients and diagnostics -----------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ from fedsparse.sparse.importance import largest_of_all, most_per_time, most_squa
 from fedsparse.sparse.masks import whole
 from fedsparse.sparse.positions import pack_positions
 from fedsparse.sparse.representation import ALWAYS, NEVER
-from fedsparse.strategy import Plan
-from fedsparse.task import Budget
+from fedsparse.strategy import Plan, Reply
+from fedsparse.task import Budget, Device
 from strategies.prunefl import PruneFL, PruneFLState
 from tests.helpers import exchanged_by_hand, norm_task, small_clients, small_task, started
 from tests.test_contract import TASKS, halves, run_method
@@ -364,7 +364,7 @@ def test_dense_gradients_count_in_bytes_flops_and_memory() -> None:
 @pytest.mark.parametrize(
     ("hyper", "message"),
     [
-        ({"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+        ({"density": -0.5}, r"density must be in \(0, 1\], or 0 for what the budgets allow, got -0.5"),
         ({"variant": "adaptiv"}, "unknown variant 'adaptiv'; did you mean 'adaptive'"),
         ({"initial": "server"}, "unknown initial 'server'"),
         ({"max_dec": 1.0}, r"max_dec must be in \[0, 1\), got 1.0"),
@@ -415,7 +415,7 @@ def test_squared_gradients_that_do_not_fit_are_refused(damage: str) -> None:
     strategy, half = prune(delta_r=1)
     state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
-    assert strategy.complaint(task, state, reply) == ""
+    assert strategy.complaint(task, state, Reply(Device(0), reply)) == ""
     tensors, scalars, name = dict(reply.tensors), dict(reply.scalars), f"square/{LAYER}"
     if damage == "negative":
         tensors[name] = -1 - tensors[name]
@@ -427,7 +427,7 @@ def test_squared_gradients_that_do_not_fit_are_refused(damage: str) -> None:
         tensors["square/conv1.weight"] = torch.ones(3)
     else:
         del scalars["square_rest"]
-    line = strategy.complaint(task, state, Packet(reply.kind, tensors, scalars))
+    line = strategy.complaint(task, state, Reply(Device(0), Packet(reply.kind, tensors, scalars)))
     assert line and "\n" not in line
 
 
@@ -446,7 +446,7 @@ def test_a_pruned_model_that_does_not_fit_is_refused(damage: str, message: str) 
     strategy, half = prune(initial="client", **{**SHORT, "initial_steps": 1})
     state = started(strategy, task, (client,))
     reply, _ = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0))
-    assert strategy.complaint(task, state, reply) == ""
+    assert strategy.complaint(task, state, Reply(Device(0), reply)) == ""
     tensors = dict(reply.tensors)
     size = 32768
     positions = {"repeat": [5, 5, 9], "outside": [9, 5, 7], "many": list(range(size - 1)), "none": []}
@@ -456,7 +456,7 @@ def test_a_pruned_model_that_does_not_fit_is_refused(damage: str, message: str) 
     else:
         at = torch.tensor(positions[damage], dtype=torch.int32)
         tensors[LAYER], tensors[f"mask/{LAYER}"] = torch.zeros(len(at)), pack_positions(at, size)
-    assert message in strategy.complaint(task, state, replace(reply, tensors=tensors))
+    assert message in strategy.complaint(task, state, Reply(Device(0), replace(reply, tensors=tensors)))
 
 
 @pytest.mark.parametrize("variant", ["adaptive", "top"])

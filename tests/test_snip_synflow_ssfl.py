@@ -81,7 +81,7 @@ def found(name: str, task: Task, **hyper: Any) -> MaskedState:
 
 def scored(strategy: Any, half: Any, task: Task, state: Any, client: Client) -> Packet:
     reply, memory = half.train(task, client, strategy.broadcast(state, client.device), {}, torch_rng(0, client.id))
-    assert strategy.complaint(task, state, reply) == "" and not memory
+    assert strategy.complaint(task, state, Reply(Device(0), reply)) == "" and not memory
     packet: Packet = reply
     return packet
 
@@ -433,7 +433,7 @@ def test_one_digest_for_any_number_of_workers(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "hyper", "message"),
     [
-        ("snip", {"density": 0.0}, r"density must be in \(0, 1\], got 0.0"),
+        ("snip", {"density": -0.5}, r"density must be in \(0, 1\], or 0 for what the budgets allow, got -0.5"),
         ("synflow", {"density_kind": "real"}, "unknown density_kind 'real'"),
         ("ssfl", {"layer_densities": "globally"}, "unknown layer_densities 'globally'; did you mean 'global'"),
         ("fixed_mask", {"layer_densities": "global"}, "unknown layer_densities 'global'"),
@@ -498,9 +498,12 @@ def test_scores_below_0_are_refused() -> None:
     strategy, _ = halves("ssfl")
     state = strategy.init(task, [Device(0)])
     scores = {name: torch.zeros(n) for name, n in prunable(task).sizes.items()}
-    assert not strategy.complaint(task, state, Packet("scores", scores))
+    assert not strategy.complaint(task, state, Reply(Device(0), Packet("scores", scores)))
     scores["fc1.weight"][3] = -1e-3
-    assert strategy.complaint(task, state, Packet("scores", scores)) == "the scores of 'fc1.weight' must be at least 0"
+    assert (
+        strategy.complaint(task, state, Reply(Device(0), Packet("scores", scores)))
+        == "the scores of 'fc1.weight' must be at least 0"
+    )
 
 
 @pytest.mark.parametrize("case", ["nan", "empty"])
