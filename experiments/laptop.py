@@ -19,16 +19,15 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from kept import load, once
 from personal import HERE, command, one_run, print_row, spread, write
 
 import fedsparse
 from fedsparse.errors import UserError, unknown
-from fedsparse.experiment import load_experiment
-from fedsparse.report.summary import accuracy
 from fedsparse.rows import POINTS
 
 NAME = "cifar10_laptop"
-FINAL = HERE / "results" / "laptop_final.json"
+FINAL = "laptop_final"
 TUNE = HERE / "results" / "laptop_tune.json"
 SHARES = (0.5, 0.3)
 # The flags of the released code's scripts and the paper's rates for CIFAR-10 at s = 0.5 and 0.3 (Table 5).
@@ -121,20 +120,7 @@ def final(keys: Iterable[str], seeds: Iterable[int], extra: Sequence[str]) -> No
     """Run what is not in the file yet; it is written after each run."""
     for seed in seeds:
         for key in keys:
-            found = load()
-            settings = [*settings_of(key, seed, found, extra), *extra, f"seed={seed}"]
-            line, hyper = command(NAME, settings), dict(load_experiment(HERE / f"{NAME}.toml", settings).hyper)
-            if any(e["command"] == line and e["hyper"] == hyper for e in found):
-                print(f"{line}: done before", flush=True)
-                continue
-            made = {"key": key, "seed": seed, "extra": list(extra), "command": line, "hyper": hyper, **entry(settings)}
-            write(FINAL.stem, [*(e for e in load() if e["command"] != line), made])
-            scores = made["accuracy"]["personal"]
-            print(f"{line}: {scores['weighted']:.4f} ({made['seconds']['wall']:.0f} s)", flush=True)
-
-
-def load() -> list[dict[str, Any]]:
-    return json.loads(FINAL.read_text()) if FINAL.exists() else []
+            once(FINAL, NAME, key, seed, settings_of(key, seed, load(FINAL), extra), extra)
 
 
 def settings_of(key: str, seed: int, found: list[dict[str, Any]], extra: Sequence[str]) -> list[str]:
@@ -157,36 +143,6 @@ def measured(key: str, equal: str, seed: int, found: list[dict[str, Any]], extra
     return float(round(of[0]["density"] if equal == "parameters" else of[0]["macs"] / dense[0]["macs"], 4))
 
 
-def entry(settings: Sequence[str]) -> dict[str, Any]:
-    """One run: its digest, its figures over clients at the three points, costs, and how they went over the rounds."""
-    summary, rows = one_run(NAME, settings)
-    return {
-        "digest": summary["digest"],
-        "rounds": summary["rounds"],
-        "clients": summary["clients"],
-        "notes": summary["notes"],
-        "accuracy": summary["accuracy"],
-        "density": summary["density"]["true_mean"],
-        "density_max": summary["density"]["true_max"],
-        "up": summary["bytes"]["up_per_client_round"],
-        "down": summary["bytes"]["down_per_client_round"],
-        "macs": summary["flops"]["inference_per_sample"] / 2,
-        "train_flops": summary["flops"]["train_per_client_round"],
-        "peak_model_bytes": summary["memory"]["peak_model_bytes"],
-        "seconds": summary["seconds"],
-        "masks": summary["masks"],
-        "novel": summary.get("novel"),
-        "by_round": by_round(rows),
-    }
-
-
-def by_round(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The weighted accuracy of each evaluated round at the three points."""
-    evaluated = sorted({row["round"] for row in rows if row["personal"] is not None})
-    groups = {i: [row for row in rows if row["round"] == i] for i in evaluated}
-    return [{"round": i, **{p: accuracy(group, p)["weighted"] for p in POINTS}} for i, group in groups.items()]
-
-
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +151,7 @@ def table() -> None:
     heads = ("method", "seeds", "point", "weighted mean", "bottom decile", "p10", "noise alone", "true density")
     print_row([*heads, "up kB", "down kB", "M multiply-adds", "minutes"])
     print_row(["---"] * 12)
-    found = load()
+    found = load(FINAL)
     for name, point, entries in lines(found):
         first, cells = entries[0], [e["accuracy"][point] for e in entries]
         scores = [spread(cells, figure) for figure in ("weighted", "bottom_decile", "p10")]

@@ -1,0 +1,163 @@
+"""The tables of methods with one global mask in RESULTS.md: CIFAR-10, ResNet18 at a quarter of its width, ten clients.
+
+    python experiments/tiny.py tune                                   # learning rates, on validation data
+    python experiments/tiny.py final --densities 0.01 --only fedtiny snip --seeds 0 1 2
+    python experiments/tiny.py table                                  # Markdown of what `final` wrote
+
+Runs that ``experiments/results/tiny_final.json`` has already are skipped. ``dense`` is FedAvg on the whole model,
+``narrow_parameters`` and ``narrow_multiply_adds`` FedAvg on narrow ones of as many parameters or multiply-adds as the
+run ``erk`` of the same density and seed was measured to use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from kept import Entry, load, once
+from personal import command, one_run, print_row, spread, write
+
+import fedsparse
+from fedsparse.errors import UserError, unknown
+
+NAME, FINAL, TUNE = "cifar10_fedtiny", "tiny_final", "tiny_tune"
+DENSITIES = (0.01, 0.05, 0.1)
+METHODS: dict[str, tuple[str, ...]] = {
+    "erk": ("method=fixed_mask",),
+    "uniform": ("method=fixed_mask", "method.layer_densities=uniform", "method.criterion=magnitude"),
+    "snip": ("method=snip",),
+    "synflow": ("method=synflow",),
+    "ssfl": ("method=ssfl",),
+    "prunefl": ("method=prunefl",),
+    "prunefl_top": ("method=prunefl", "method.variant=top", "method.initial=magnitude"),
+    "feddst": ("method=feddst",),
+    "fedtiny": ("method=fedtiny",),
+    "fedtiny_vanilla": ("method=fedtiny", "method.selection=vanilla"),
+    "fedtiny_fixed": ("method=fedtiny", "method.progressive=false"),
+    "fedtiny_vanilla_fixed": ("method=fedtiny", "method.selection=vanilla", "method.progressive=false"),
+}
+NARROW = ("narrow_parameters", "narrow_multiply_adds")
+RATES = (0.02, 0.05, 0.1)
+SHORT = ("rounds=30", "evaluate.every=3", "evaluate.split=validation")
+
+
+def settings_of(method: str, density: float, seed: int) -> list[str]:
+    """The settings of a run; those of a narrow control need the run ``erk`` of the same density and seed."""
+    if method == "dense":
+        return ["method=fedavg"]
+    if method in NARROW:
+        equal = method.removeprefix("narrow_")
+        return ["method=fedavg", f"narrow={equal}", f"narrow_to={share_of(equal, density, seed)}"]
+    if method not in METHODS:
+        raise unknown("method", method, ("dense", *NARROW, *METHODS))
+    pool = [f"method.pool={max(2, round(0.1 / density))}"] if method.startswith("fedtiny") else []
+    return [*METHODS[method], f"method.density={density:g}", *pool]
+
+
+def share_of(equal: str, density: float, seed: int) -> float:
+    """The share of the dense model's "parameters" or "multiply_adds" that the run ``erk`` uses."""
+    found = load(FINAL)
+    erk = [e for e in found if e["key"] == key_of("erk", density) and e["seed"] == seed]
+    dense = [e for e in found if e["key"] == "dense"]  # of any seed: the same model
+    if not erk or not dense:
+        raise UserError(f"run dense and erk at {density:g} with seed {seed} first: the control has the share they give")
+    return float(round(erk[0]["density"] if equal == "parameters" else erk[0]["macs"] / dense[0]["macs"], 4))
+
+
+def key_of(method: str, density: float) -> str:
+    return method if method == "dense" else f"{method} {density:g}"
+
+
+def tune(methods: Iterable[str], densities: Iterable[float]) -> None:
+    """Global accuracy on validation data after half of the rounds, for each rate; nothing sees test data."""
+    found: list[dict[str, Any]] = load(TUNE)
+    for density in densities:
+        for method in methods:
+            for lr in RATES:
+                settings = [*settings_of(method, density, 0), *SHORT, f"method.lr={lr:g}"]
+                line = command(NAME, settings)
+                if line not in {t["command"] for t in found}:
+                    trial = {"key": key_of(method, density), "lr": lr, "command": line, "accuracy": trial_of(settings)}
+                    found.append(trial)
+                    print(json.dumps(trial), flush=True)
+                    write(TUNE, found)
+
+
+def trial_of(settings: Sequence[str]) -> float:
+    try:
+        return float(one_run(NAME, settings)[0]["accuracy"]["global"]["mean"])
+    except fedsparse.ClientError as error:
+        if "not finite" not in str(error) and "training loss is" not in str(error):
+            raise
+        return 0.0  # a rate so large that the loss is not finite
+
+
+def final(methods: Iterable[str], densities: Iterable[float], seeds: Iterable[int], extra: Sequence[str]) -> None:
+    """Run what is not in the file yet; it is written after each run."""
+    for seed in seeds:
+        for density in densities:
+            for method in methods:
+                once(FINAL, NAME, key_of(method, density), seed, settings_of(method, density, seed), extra)
+
+
+def table() -> None:
+    """Markdown: mean and standard deviation over seeds; costs are those of the first seed, selection included."""
+    heads = ("method and nominal density", "seeds", "accuracy", "true density", "up kB", "down kB", "MB in all")
+    print_row([*heads, "largest round GFLOP", "TFLOP in all", "memory MB", "minutes"])
+    print_row(["---"] * 11)
+    found = load(FINAL)
+    for name, entries in lines(found):
+        first = entries[0]
+        total = sum(first["bytes"][key] for key in ("up_total", "down_total"))
+        scores = spread([{"global": e["accuracy"]["global"]["mean"]} for e in entries], "global")
+        print_row(
+            [
+                name,
+                str(len(entries)),
+                scores,
+                f"{first['density']:.4f}",
+                f"{first['up'] / 1e3:.1f}",
+                f"{first['down'] / 1e3:.1f}",
+                f"{total / 1e6:.1f}",
+                f"{first['flops']['max_per_client_round'] / 1e9:.0f}",
+                f"{first['flops']['total'] / 1e12:.2f}",
+                f"{first['peak_model_bytes'] / 1e6:.1f}",
+                f"{first['seconds']['wall'] / 60:.0f}",
+            ]
+        )
+    print()
+    for e in found:
+        print(f"    {e['command']}")
+
+
+def lines(found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    """What makes a row: its name, and the runs, one a seed."""
+    names = list(dict.fromkeys(" ".join([e["key"], *e["extra"]]) for e in found))
+    for name in names:
+        yield name, sorted((e for e in found if " ".join([e["key"], *e["extra"]]) == name), key=lambda e: e["seed"])
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("what", choices=("tune", "final", "table"))
+    parser.add_argument("--only", nargs="+", default=["dense", *METHODS, *NARROW], help="methods")
+    parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES), help="nominal")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="for final")
+    parser.add_argument("--set", nargs="+", default=[], help="for final: settings for all of the runs, key=value")
+    args = parser.parse_args()
+    try:
+        if args.what == "tune":
+            tune(args.only, args.densities)
+        elif args.what == "final":
+            final(args.only, args.densities, args.seeds, args.set)
+        else:
+            table()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()
