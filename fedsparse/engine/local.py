@@ -3,6 +3,7 @@
 With one worker clients run one after the other right here, when their reply is asked for, so a debugger works. With N
 workers, N processes of one thread each get lists of messages and return lists of replies through shared memory; there
 is no server, no port, and no call per client. Data that exist before ``LocalGrid(...)`` are inherited, not copied.
+Replies and client memories on their way are bounded by the number of workers, whatever the size of the cohort.
 """
 
 from __future__ import annotations
@@ -28,12 +29,16 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsparse.engine.shared import Arena, Layout, chunks, copied, lay, pick
+from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 
 _RUN_ID = 1
 _FAILED = 1000  # error code of a client that raised, in Flower's range for applications
 _CHUNKS_PER_WORKER = 4  # enough to even out unequal clients, few enough to cost nothing
+_CHUNK_BYTES = 16 << 20  # of what comes back; a list of jobs has no more, or one job
+_FIRST_CHUNK = 16  # jobs in a list before anything has come back
 _AHEAD = 2  # chunks a worker has at hand, so that it never waits for the next
+_SLOTS = _AHEAD + 1  # lists of a worker that may lie in shared memory: at hand, or answered and not read
 _SMALL = 1 << 15  # bytes; a larger list waits until its worker is idle, else both might block while sending
 
 
@@ -60,10 +65,18 @@ class LocalGrid(Grid):
 
     app: a ClientApp. own_replies: replies and downloads are the receiver's own (what a stock Flower app expects);
     False lends packets and views of shared memory, valid until the next reply is asked for, and is faster.
-    Use it as a context manager, or call ``close``.
+    store: of the clients' memories; None = all in RAM. Use it as a context manager, or call ``close``.
     """
 
-    def __init__(self, app: ClientApp, partitions: int, *, workers: int = 1, own_replies: bool = True) -> None:
+    def __init__(
+        self,
+        app: ClientApp,
+        partitions: int,
+        *,
+        workers: int = 1,
+        own_replies: bool = True,
+        store: MemoryStore | None = None,
+    ) -> None:
         if partitions < 1 or workers < 1:
             raise UserError(f"a grid needs at least one client and one worker, got {partitions} and {workers}")
         self.partitions = {i: i + 1 for i in range(partitions)}  # id -> node id
@@ -71,7 +84,7 @@ class LocalGrid(Grid):
         self.busy_seconds = 0.0  # of the last exchange, over all workers
         self.lends = not own_replies
         self._own = own_replies
-        self._states: dict[int, RecordDict] = {}
+        self._states = MemoryStore() if store is None else store
         self._pending: dict[str, Message] = {}
         torch.set_num_threads(1)  # one thread per client computation, whatever the number of workers
         _identify(node=0)
@@ -120,9 +133,9 @@ class LocalGrid(Grid):
 
     # --- client states -------------------------------------------------------------------------------------------
 
-    def states(self) -> dict[int, RecordDict]:
+    def states(self) -> MemoryStore:
         """Each client's Flower state (its memory), by partition number."""
-        return dict(self._states)
+        return self._states
 
     def close(self) -> None:
         """End the workers."""
@@ -151,9 +164,11 @@ class LocalGrid(Grid):
         for i, message in jobs:
             start = time.perf_counter()
             content = copied(message.content) if self._own else message.content
-            state = self._states.get(i, RecordDict())
+            before = self._states.get(i, RecordDict())
+            state = copied(before) if self._own else RecordDict(dict(before))  # a stock app may write into its records
             reply = self._here(i, message, content, state)
-            self._states[i] = state
+            if self._own or _changed(before, state):
+                self._states.put(i, state)
             self.busy_seconds += time.perf_counter() - start
             yield reply
 
@@ -161,7 +176,7 @@ class LocalGrid(Grid):
         assert self._pool is not None
         for (i, message), (content, state, error) in zip(jobs, self._pool.run(jobs, self._states), strict=True):
             if state is not None:
-                self._states[i] = state
+                self._states.put(i, state)
             if content is not None:
                 yield Message(content, reply_to=message)
             else:
@@ -201,6 +216,15 @@ class _Runner:
 
 _Job = tuple[int, str, str, int, Layout | None]  # partition, message type, group, which content, state
 _Answer = tuple[Layout | None, Layout | None, tuple[int, str] | None]
+_Replies = Iterator[tuple[RecordDict | None, RecordDict | None, tuple[int, str] | None]]
+
+
+class _Slot:
+    """A place for one list of jobs: the memories that go along, and what comes back."""
+
+    def __init__(self) -> None:
+        self.down, self.up = Arena(), Arena()
+        self.free = True
 
 
 class _Pool:
@@ -209,23 +233,25 @@ class _Pool:
     def __init__(self, app: ClientApp, partitions: int, workers: int, own: bool) -> None:
         self.busy_seconds = 0.0
         self._own = own
-        self._waiting: deque[tuple[int, list[_Job]]] = deque()
+        self._jobs: deque[tuple[int, list[tuple[int, Message, int]]]] = deque()  # lists that nobody has
+        self._states: MemoryStore = MemoryStore()
         self._load = [0] * workers  # lists that each worker has not answered
         self._fresh: list[list[Layout] | None] = [None] * workers  # downloads that a worker has not seen
         self._down = Arena()
-        self._up = [Arena() for _ in range(workers)]
+        self._largest = 0  # bytes of an answer, over those so far
+        self._slots = [[_Slot() for _ in range(_SLOTS)] for _ in range(workers)]
         self._pipes: list[Connection] = []
         self._processes: list[BaseProcess] = []
         if "fork" not in multiprocessing.get_all_start_methods():
             raise UserError("engine.workers > 1 needs a system that can fork; use workers = 1")
         fork = multiprocessing.get_context("fork")
         sys.stdout.flush()
-        for arena in self._up:
+        for slots in self._slots:
             ours, theirs = fork.Pipe()
             inherited = [*self._pipes, ours]
             process = fork.Process(
                 target=_work,
-                args=(_Runner(app, partitions, not own), theirs, inherited, self._down, arena),
+                args=(_Runner(app, partitions, not own), theirs, inherited, self._down, slots),
                 daemon=True,
             )
             process.start()
@@ -233,77 +259,92 @@ class _Pool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(
-        self, jobs: list[tuple[int, Message]], states: dict[int, RecordDict]
-    ) -> Iterator[tuple[RecordDict | None, RecordDict | None, tuple[int, str] | None]]:
+    def run(self, jobs: list[tuple[int, Message]], states: MemoryStore) -> _Replies:
         """Answers in the order of ``jobs``, as a stream: content, new state, error."""
-        self._waiting.clear()
+        self._jobs.clear()
         while any(self._load):  # of an exchange whose caller stopped reading: workers finish it first
             self._collect({})
+        for slot in (slot for slots in self._slots for slot in slots):
+            slot.free = True
         self._down.reset()
-        self.busy_seconds = 0.0
-        contents, sent = self._contents(jobs, states)
-        lists = chunks(sent, _CHUNKS_PER_WORKER * len(self._pipes))
-        self._waiting = deque(enumerate(lists))
+        self.busy_seconds, self._states = 0.0, states
+        contents, which = self._contents(jobs)
         self._fresh = [contents] * len(self._pipes)
-        done: dict[int, tuple[int, list[_Answer]]] = {}
-        for _ in range(_AHEAD):
-            for worker in range(len(self._pipes)):
-                self._give(worker)
+        work = [(i, message, number) for (i, message), number in zip(jobs, which, strict=True)]
+        most = _CHUNK_BYTES // self._largest if self._largest else _FIRST_CHUNK
+        lists = chunks(work, max(_CHUNKS_PER_WORKER * len(self._pipes), -(-len(work) // max(1, most))))
+        self._jobs = deque(enumerate(lists))
+        done: dict[int, tuple[_Slot, list[_Answer]]] = {}
+        self._give_all()
         for number in range(len(lists)):
             while number not in done:
                 self._collect(done)
-            worker, answers = done.pop(number)
+            slot, answers = done.pop(number)
             for content, state, error in answers:
-                arena = self._up[worker]
                 yield (
-                    None if content is None else pick(content, arena, copy=self._own),
-                    None if state is None else pick(state, arena, copy=True),
+                    None if content is None else pick(content, slot.up, copy=self._own),
+                    None if state is None else pick(state, slot.up, copy=True),
                     error,
                 )
+            slot.free = True
+            self._give_all()
 
-    def _contents(
-        self, jobs: list[tuple[int, Message]], states: dict[int, RecordDict]
-    ) -> tuple[list[Layout], list[_Job]]:
-        """Each distinct download laid out once, and the jobs that name it."""
+    def _contents(self, jobs: list[tuple[int, Message]]) -> tuple[list[Layout], list[int]]:
+        """Each distinct download laid out once, and which one each job has."""
         contents: list[Layout] = []
         index: dict[int, int] = {}
-        sent: list[_Job] = []
-        for i, message in jobs:
+        for _, message in jobs:
             records = message.content
             if id(records) not in index:
                 index[id(records)] = len(contents)
                 contents.append(lay(records, self._down))
-            state = lay(states[i], self._down) if i in states else None
-            sent.append((i, message.metadata.message_type, message.metadata.group_id, index[id(records)], state))
-        return contents, sent
+        return contents, [index[id(message.content)] for _, message in jobs]
+
+    def _give_all(self) -> None:
+        """Keep the workers busy, each in turn."""
+        for _ in range(_AHEAD):
+            for worker in range(len(self._pipes)):
+                self._give(worker)
 
     def _give(self, worker: int) -> None:
-        """Send the worker its next list, if there is one and sending it cannot block."""
-        if not self._waiting or self._load[worker] >= _AHEAD:
+        """Send the worker its next list, if there is one, a place for it, and sending it cannot block."""
+        slot = next((n for n, slot in enumerate(self._slots[worker]) if slot.free), None)
+        if not self._jobs or self._load[worker] >= _AHEAD or slot is None:
             return
-        number, jobs = self._waiting[0]
-        data = bytes(ForkingPickler.dumps((number, self._fresh[worker], jobs)))
+        number, jobs = self._jobs[0]
+        sent = self._laid(jobs, self._slots[worker][slot].down)
+        data = bytes(ForkingPickler.dumps((number, slot, self._fresh[worker], sent)))
         if self._load[worker] and len(data) > _SMALL:
             return
         try:
             self._pipes[worker].send_bytes(data)
         except OSError as error:
             raise self._lost(worker) from error
-        self._waiting.popleft()
+        self._jobs.popleft()
         self._fresh[worker] = None
         self._load[worker] += 1
+        self._slots[worker][slot].free = False
 
-    def _collect(self, done: dict[int, tuple[int, list[_Answer]]]) -> None:
+    def _laid(self, jobs: list[tuple[int, Message, int]], arena: Arena) -> list[_Job]:
+        """The jobs with their clients' memories in the arena."""
+        arena.reset()
+        sent = []
+        for i, message, content in jobs:
+            state = lay(self._states[i], arena) if i in self._states else None
+            sent.append((i, message.metadata.message_type, message.metadata.group_id, content, state))
+        return sent
+
+    def _collect(self, done: dict[int, tuple[_Slot, list[_Answer]]]) -> None:
         """Wait for answers and keep workers busy."""
         for pipe in wait(self._pipes):
             worker = self._pipes.index(pipe)  # type: ignore[arg-type]
             try:
-                number, seconds, answers = self._pipes[worker].recv()
+                number, slot, seconds, size, answers = self._pipes[worker].recv()
             except (EOFError, OSError) as error:
                 raise self._lost(worker) from error
-            done[number] = worker, answers
+            done[number] = self._slots[worker][slot], answers
             self._load[worker] -= 1
+            self._largest = max(self._largest, size // len(answers))
             self.busy_seconds += seconds
             for _ in range(_AHEAD):
                 self._give(worker)
@@ -321,11 +362,12 @@ class _Pool:
             if process.is_alive():
                 process.kill()
                 process.join()
-        for arena in [self._down, *self._up]:
+        arenas = (arena for slots in self._slots for slot in slots for arena in (slot.down, slot.up))
+        for arena in [self._down, *arenas]:
             arena.close()
 
 
-def _work(runner: _Runner, pipe: Connection, inherited: list[Connection], down: Arena, up: Arena) -> None:
+def _work(runner: _Runner, pipe: Connection, inherited: list[Connection], down: Arena, slots: list[_Slot]) -> None:
     """A worker's life: lists of jobs in, lists of answers out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
     for end in inherited:  # else a dead driver's pipes would stay open in its workers
@@ -334,26 +376,31 @@ def _work(runner: _Runner, pipe: Connection, inherited: list[Connection], down: 
     contents: list[RecordDict] = []
     try:
         while True:
-            number, layouts, jobs = pipe.recv()
+            number, slot, layouts, jobs = pipe.recv()
             start = time.perf_counter()
             if layouts is not None:
-                up.reset()
                 contents = [pick(layout, down, copy=False) for layout in layouts]
-            answers = [_answer(runner, job, contents, down, up) for job in jobs]
-            pipe.send((number, time.perf_counter() - start, answers))
+            slots[slot].up.reset()
+            answers = [_answer(runner, job, contents, slots[slot]) for job in jobs]
+            pipe.send((number, slot, time.perf_counter() - start, slots[slot].up.used, answers))
     except (EOFError, OSError, KeyboardInterrupt):
         os._exit(0)
 
 
-def _answer(runner: _Runner, job: _Job, contents: list[RecordDict], down: Arena, up: Arena) -> _Answer:
+def _answer(runner: _Runner, job: _Job, contents: list[RecordDict], slot: _Slot) -> _Answer:
     i, message_type, group, which, state_layout = job
-    state = RecordDict() if state_layout is None else pick(state_layout, down, copy=True)
-    before = dict(state)
+    state = RecordDict() if state_layout is None else pick(state_layout, slot.down, copy=True)
+    before = RecordDict(dict(state))
     content = contents[which] if runner.lends else copied(contents[which])  # a stock app may write into its message
     message = Message(content, i + 1, message_type, group_id=group)
     reply = runner(i, message, content, state)
-    replaced = state.keys() != before.keys() or any(state[k] is not before[k] for k in before)
-    new_state = lay(state, up) if replaced or not runner.lends else None  # a stock app may write into its records
+    kept = not runner.lends or _changed(before, state)  # a stock app may write into its records
+    new_state = lay(state, slot.up) if kept else None
     if reply.has_error():
         return None, new_state, (reply.error.code, reply.error.reason or "")
-    return lay(reply.content, up), new_state, None
+    return lay(reply.content, slot.up), new_state, None
+
+
+def _changed(before: RecordDict, after: RecordDict) -> bool:
+    """Whether other records are kept than before."""
+    return before.keys() != after.keys() or any(after[name] is not before[name] for name in before)

@@ -42,6 +42,11 @@ class Arena:
         self._end = 0
         self._old.clear()
 
+    @property
+    def used(self) -> int:
+        """Bytes taken since the last reset."""
+        return self._end
+
     def place(self, size: int) -> tuple[int, memoryview]:
         """Take ``size`` bytes, aligned: where they are, and the writable bytes."""
         start = self._end
