@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedsparse.client import check_positive
+from fedsparse.cost import train_flops
 from fedsparse.globalmask import (
     MaskedState,
     SharedMask,
@@ -21,7 +22,7 @@ from fedsparse.globalmask import (
 )
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import Mask, compact
-from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
+from fedsparse.sparse.pruning import RANKINGS, Groups, prune_in_steps
 from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
 from fedsparse.task import Device, Params, Task
 
@@ -80,6 +81,20 @@ class RankedMask(FixedMaskStrategy):
     def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
         """Of the kept weights of whole ``params``: name -> (kept,), larger = kept longer."""
 
+    @property
+    @abstractmethod
+    def scored_examples(self) -> int:
+        """Examples of which ``scores`` makes a forward and a backward pass."""
+
     def find_mask(self, task: Task, params: Params) -> Mask:
-        groups = ranked_groups(task, self.density, self.density_kind, self.layer_densities)
-        return prune_in_steps(lambda kept: self.scores(task, params, kept), prunable(task).sizes, groups, self.steps)
+        groups, sizes = self._groups(task), prunable(task).sizes
+        return prune_in_steps(lambda kept: self.scores(task, params, kept), sizes, groups, self.steps)
+
+    def server_flops(self, task: Task) -> float:
+        """At each step a training pass of the dense model over the scored examples; 0 where all weights are kept."""
+        if sum(self._groups(task).values()) == sum(prunable(task).sizes.values()):
+            return 0.0
+        return train_flops(prunable(task).layers, self.steps * self.scored_examples)
+
+    def _groups(self, task: Task) -> Groups:
+        return ranked_groups(task, self.density, self.density_kind, self.layer_densities)

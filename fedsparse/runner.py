@@ -403,6 +403,7 @@ def _facts(
         budget_of=experiment.budget.of,
         dense_bytes=Packet("train", _floats(task.reference)).nbytes,
         dense_flops=train_flops(trace(task.reference, task.input_shape, tokens=task.tokens), round(samples)),
+        server_flops=strategy.server_flops(task),
         dense_memory=_dense(task, config).memory,
         notes=federation.notes,
     )

@@ -144,6 +144,10 @@ class FederatedStrategy(Strategy):
         """The initial state once the number of rounds is known. Raises UserError for a schedule that does not fit."""
         return state
 
+    def server_flops(self, task: Task) -> float:
+        """Flops that the server itself spends in ``init``, on its own examples or on weights alone. Asked after it."""
+        return 0.0
+
     @abstractmethod
     def broadcast(self, state: State, device: Device) -> Packet:
         """What a device gets. Packets of the same tensors are encoded once."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, candidate_counts, lowest_loss, union_mask
 from fedsparse.changing import ChangingMask, ChangingState
 from fedsparse.client import check_positive
+from fedsparse.cost import train_flops
 from fedsparse.errors import UserError, unknown
 from fedsparse.globalmask import SharedMask, masked_packet, prunable
 from fedsparse.models.norms import read_statistics, with_statistics
@@ -35,7 +36,7 @@ from fedsparse.regrow import (
     named_counts,
 )
 from fedsparse.seeding import torch_rng
-from fedsparse.sgd import sgd
+from fedsparse.sgd import batches, sgd
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.pruning import (
     GRANULARITIES,
@@ -146,12 +147,22 @@ class FedTiny(ChangingMask):
             return params
         if self.server_data is None:
             raise UserError('pretrain = "holdout" needs examples that the server keeps; set partition.holdout')
-        how = {"lr": 0.05, "batch_size": 32} | {
-            key: self.client_config[key] for key in _SGD if key in self.client_config
-        }
-        rng = torch_rng(task.seed, "pretrain")
         with one_thread():
-            return sgd(task, params, self.server_data, epochs=self.pretrain_epochs, rng=rng, **how).params
+            return sgd(task, params, self.server_data, rng=torch_rng(task.seed, "pretrain"), **self._training).params
+
+    def server_flops(self, task: Task) -> float:
+        """Of the batches of the dense model's pre-training."""
+        if self.pretrain == "none" or self.server_data is None:
+            return 0.0
+        size, epochs = self._training["batch_size"], self._training["epochs"]
+        seen = batches(len(self.server_data), size, epochs, torch_rng(task.seed, "pretrain"))
+        return train_flops(prunable(task).layers, sum(map(len, seen)))
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """How the server trains: as the clients do, for epochs of its own."""
+        given = {key: self.client_config[key] for key in _SGD if key in self.client_config}
+        return {"lr": 0.05, "batch_size": 32, **given, "epochs": self.pretrain_epochs}
 
     # --- each exchange -----------------------------------------------------------------------------------------------
 

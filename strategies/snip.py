@@ -30,6 +30,10 @@ class Snip(RankedMask):
             raise UserError("snip needs examples that the server keeps; set partition.holdout")
         return super().find_mask(task, params)
 
+    @property
+    def scored_examples(self) -> int:
+        return len(self.server_data) if self.server_data else 0
+
     def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
         assert self.server_data is not None
         return snip_scores(task, params, self.server_data, kept)

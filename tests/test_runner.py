@@ -6,14 +6,17 @@ from pathlib import Path
 
 import pytest
 from flwr.app import ArrayRecord
+from torch.utils.flop_counter import FlopCounterMode
 
 import fedsparse
 from fedsparse.client import client_app
+from fedsparse.cost import forward_macs, trace, train_flops
 from fedsparse.engine.local import LocalGrid
 from fedsparse.errors import UserError
 from fedsparse.experiment import from_dict
-from fedsparse.method import build, load_method
-from fedsparse.runner import digest
+from fedsparse.globalmask import prunable
+from fedsparse.method import build, load_method, method_names
+from fedsparse.runner import digest, federation_of
 from fedsparse.strategy import Plan
 from tests.helpers import norm_task, small_clients, small_split
 
@@ -74,3 +77,65 @@ def test_two_beginnings_are_refused() -> None:
     both = pytest.raises(UserError, match="start takes initial_arrays or a state, not both")
     with LocalGrid(client_app(task, clients.__getitem__), 2) as grid, both:
         strategy.start(grid, arrays, num_rounds=1, task=task, state=state)
+
+
+# --- the server's own flops ------------------------------------------------------------------------------------------
+
+
+def counted(name: str, **hyper: float | str) -> tuple[float, float]:
+    """Flops by the method and by PyTorch's counter, of ``init`` with 17 examples at the server."""
+    task, strategy = norm_task(), build(load_method(name), hyper)
+    strategy.server_data = small_split(17, "server")
+    prunable(task)  # it traces the model by running it once, which is no work of the method
+    with FlopCounterMode(display=False) as counter:
+        strategy.first_state(task, [client.device for client in small_clients(2)], Plan(), 9)
+    return strategy.server_flops(task), counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("batch", "seen"), [(8, 48), (5, 51), (32, 51)])  # a single last example trains nothing
+def test_pre_training_costs_what_the_flop_counter_sees(batch: int, seen: int) -> None:
+    task = norm_task()
+    said, measured = counted("fedtiny", pretrain="holdout", pretrain_epochs=3, batch_size=batch)
+    assert said == measured == train_flops(trace(task.model, task.input_shape), seen)
+    assert counted("fedtiny", batch_size=batch) == (0.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "hyper", "passes"),
+    [
+        ("snip", {}, 17),
+        ("snip", {"steps": 4}, 68),
+        ("synflow", {}, 100),
+        ("synflow", {"steps": 3}, 3),
+        ("snip", {"density": 1.0}, 0),
+        ("synflow", {"density": 1.0}, 0),
+    ],
+)
+def test_scoring_costs_a_pass_an_example_and_step(name: str, hyper: dict[str, float], passes: int) -> None:
+    task = norm_task()
+    said, measured = counted(name, **hyper)
+    assert said == train_flops(trace(task.model, task.input_shape), passes)
+    # PyTorch sees no weight gradient of the layers that stay dense, and no input gradient of the first that is pruned
+    layers = {layer.name: layer.macs for layer in trace(task.model, task.input_shape)}
+    assert measured == 2 * passes * (layers["conv1"] + 2 * layers["fc1"] + 2 * layers["output"])
+
+
+@pytest.mark.parametrize("name", sorted(set(method_names()) - {"snip", "synflow"}))
+def test_no_other_server_computes_before_round_one(name: str) -> None:
+    said, measured = counted(name)
+    task = norm_task()
+    traces = 3 * 2 * forward_macs(trace(task.model, task.input_shape))  # pfedgate's own
+    assert said == 0 and measured <= (traces if name == "pfedgate" else 0)
+
+
+def test_the_servers_flops_are_in_the_totals(tmp_path: Path) -> None:
+    settings = {"rounds": 2, "partition": {"clients": 3, "holdout": 2}, "method": {"name": "fedtiny", "pool": 2}}
+    experiments = [from_dict(settings, [f"method.pretrain={how}"]) for how in ("none", "holdout")]
+    runs = (fedsparse.run(experiment, out=tmp_path / str(i)) for i, experiment in enumerate(experiments))
+    plain, trained = (run.summary["flops"] for run in runs)
+    task = federation_of(experiments[0]).task
+    assert plain["server"] == 0
+    assert trained["server"] == train_flops(trace(task.model, task.input_shape), 3 * 10 * 2)  # epochs, classes, each
+    for name in ("total", "preparation_total"):
+        assert trained[name] - plain[name] == pytest.approx(trained["server"], rel=1e-9)
+    assert trained["train_per_client_round"] == plain["train_per_client_round"]
