@@ -16,7 +16,10 @@ from fedsparse.errors import UserError
 from fedsparse.experiment import from_dict
 from fedsparse.globalmask import prunable
 from fedsparse.method import build, load_method, method_names
+from fedsparse.report.tables import tier_rows
 from fedsparse.runner import digest, federation_of
+from fedsparse.seeding import torch_rng
+from fedsparse.sgd import batches
 from fedsparse.strategy import Plan
 from tests.helpers import norm_task, small_clients, small_split
 
@@ -139,3 +142,34 @@ def test_the_servers_flops_are_in_the_totals(tmp_path: Path) -> None:
     for name in ("total", "preparation_total"):
         assert trained[name] - plain[name] == pytest.approx(trained["server"], rel=1e-9)
     assert trained["train_per_client_round"] == plain["train_per_client_round"]
+
+
+# --- the costliest client --------------------------------------------------------------------------------------------
+
+
+def test_the_largest_round_is_that_of_the_client_with_the_most_examples(tmp_path: Path) -> None:
+    settings = {"rounds": 2, "partition": {"clients": 5}, "method": {"name": "fedavg", "epochs": 2}}
+    experiment = from_dict(settings, ["budget.tiers=[1, 0.5]", 'budget.on_over_budget="record"'])
+    run, data = fedsparse.run(experiment, out=tmp_path / "run"), federation_of(experiment)
+    layers = trace(data.task.model, data.task.input_shape)
+    spent = [train_flops(layers, sum(map(len, batches(len(c.train), 32, 2, torch_rng(0))))) for c in data.clients]
+    assert run.summary["flops"]["max_per_client_round"] == max(spent)
+    by_tier = [tier["flops"]["max_per_client_round"] for tier in run.summary["tiers"]]
+    assert by_tier == [max(spent[::2]), max(spent[1::2])]  # of the tiers 1 and 0.5
+    assert run.summary["flops"]["max_preparation"] is None
+    assert [tier["flops"]["max_preparation"] for tier in run.summary["tiers"]] == [None, None]
+    rows = tier_rows(run.summary)
+    assert [2 * row["multiply_adds_max_per_client_round"] for row in rows] == [*by_tier, max(spent)]
+
+
+def test_an_adjusting_round_and_both_exchanges_of_the_selection_count(tmp_path: Path) -> None:
+    hyper = {"name": "fedtiny", "density": 0.2, "pool": 3, "passes": 2, "delta_r": 2, "r_stop": 4}
+    few = {"clients": 20, "max_clients": 3}
+    settings = {"rounds": 4, "model": "resnet18", "width": 1 / 16, "sparse": "dense", "partition": few, "method": hyper}
+    run = fedsparse.run(from_dict(settings), out=tmp_path / "run")
+    rounds = {turn: [row["flops"] for row in run.clients if row["round"] == turn] for turn in range(5)}
+    assert run.summary["flops"]["max_per_client_round"] == max(rounds[2]) > max(rounds[1]) == max(rounds[3])
+    before = [row for row in run.clients if not row["round"]]
+    assert {row["stage"] for row in before} == {"calibrate", "probe"} and len(before) == 6
+    both = [sum(row["flops"] for row in before if row["client"] == i) for i in range(3)]
+    assert run.summary["flops"]["max_preparation"] == max(both) > max(rounds[0])

@@ -117,6 +117,8 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
         },
         "flops": {
             "train_per_client_round": _mean(row["flops"] for row in trained),
+            "max_per_client_round": _most(trained, "flops"),
+            "max_preparation": _most_before(rows),
             "inference_per_sample": None if macs is None else 2 * macs,
         },
         "memory": {"peak_model_bytes": _most(rows, "memory")},
@@ -205,6 +207,15 @@ def _share(part: float | None, whole: float) -> float | None:
 
 def _most(rows: Sequence[Row], name: str) -> float | None:
     return _best(max, (row[name] for row in rows))
+
+
+def _most_before(rows: Sequence[Row]) -> float | None:
+    """The most flops that a client spends on all exchanges before round 1 together; None where there are none."""
+    spent: dict[int, float] = {}
+    for row in rows:
+        if not row["round"] and row["flops"] is not None:
+            spent[row["client"]] = spent.get(row["client"], 0.0) + row["flops"]
+    return max(spent.values(), default=None)
 
 
 def _best(choose: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
