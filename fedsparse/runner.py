@@ -65,7 +65,7 @@ class Run:
 @dataclass(frozen=True)
 class Federation:
     """What an experiment trains: the task, the clients with their data and budgets, what was noted on the way, the
-    examples that were held out for the server, and the ids of the clients that take no part in training."""
+    server's own examples, and the ids of the clients that take no part in training."""
 
     task: Task
     clients: tuple[Client, ...]
@@ -94,6 +94,7 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     federation = federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper)
     devices = [client.device for client in federation.clients]
     strategy.server_data = federation.server
+    strategy.server_source = "public" if experiment.partition.public else "holdout"
     task, rounds, plan = federation.task, experiment.rounds, _plan(experiment, federation.novel)
     state = strategy.first_state(task, devices, plan, rounds)  # refuses what cannot be met before anything is written
     federation = _noted(federation, strategy.notes(task, devices))

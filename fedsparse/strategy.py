@@ -123,7 +123,8 @@ class FederatedStrategy(Strategy):
     masked: whether clients train compact parameters under an element mask.
     preparation: the stages that come before round 1; each is an exchange like a round, numbered 0, without evaluation.
     client_spec: another client half than the method's own. client_config: the client half's hyper-parameters.
-    server_data: examples that the server has, None = none.
+    server_data: examples that the server has, None = none. server_source: where they come from, "holdout" (the clients'
+    data set) or "public" (another one).
     """
 
     client: ClassVar[str]
@@ -132,6 +133,7 @@ class FederatedStrategy(Strategy):
     client_spec: str = field(default="", kw_only=True)
     client_config: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     server_data: Split | None = field(default=None, kw_only=True, repr=False, compare=False)
+    server_source: str = field(default="holdout", kw_only=True, repr=False, compare=False)
 
     @abstractmethod
     def init(self, task: Task, devices: Sequence[Device]) -> State:

@@ -50,7 +50,11 @@ from fedsparse.task import Device, Params, Task
 from fedsparse.threads import one_thread
 
 SELECTIONS = ("adaptive", "vanilla")
-SOURCES = ("none", "holdout", "public")
+SOURCES = {  # of the server's examples, and what each needs
+    "none": "",
+    "holdout": "examples that the server keeps; set partition.holdout without partition.public",
+    "public": "another data set at the server; set partition.public",
+}
 _SGD = (
     "lr",
     "batch_size",
@@ -83,10 +87,10 @@ class FedTiny(ChangingMask):
 
     density, density_kind, layer_densities: as for a fixed mask. pool: candidates; 1 = the layer densities as they are,
     without noise and selection. selection: "adaptive" (statistics first) or "vanilla" (with those of the server).
-    variance: of the statistics, "mean" or "total" (:class:`StatisticsMean`). pretrain: "none" or "holdout" (on
-    ``server_data``, for ``pretrain_epochs``). progressive: change the mask while training; granularity and order:
-    which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r, r_stop: 0 = a thirtieth
-    and a third of all rounds.
+    variance: of the statistics, "mean" or "total" (:class:`StatisticsMean`). pretrain: "none", or "holdout" or
+    "public" (on ``server_data`` of that source, for ``pretrain_epochs``). progressive: change the mask while training;
+    granularity and order: which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r,
+    r_stop: 0 = a thirtieth and a third of all rounds.
     """
 
     client: ClassVar[str] = "fedtiny"
@@ -109,8 +113,6 @@ class FedTiny(ChangingMask):
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
-        if self.pretrain == "public":
-            raise UserError('pretrain = "public" is not supported yet; use "holdout" or "none"')
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
 
@@ -145,8 +147,8 @@ class FedTiny(ChangingMask):
         params = task.init_params()
         if self.pretrain == "none":
             return params
-        if self.server_data is None:
-            raise UserError('pretrain = "holdout" needs examples that the server keeps; set partition.holdout')
+        if self.server_data is None or self.server_source != self.pretrain:
+            raise UserError(f'pretrain = "{self.pretrain}" needs {SOURCES[self.pretrain]}')
         with one_thread():
             return sgd(task, params, self.server_data, rng=torch_rng(task.seed, "pretrain"), **self._training).params
 

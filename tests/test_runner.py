@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import ArrayRecord
 from torch.utils.flop_counter import FlopCounterMode
@@ -13,7 +14,7 @@ from fedsparse.client import client_app
 from fedsparse.cost import forward_macs, trace, train_flops
 from fedsparse.engine.local import LocalGrid
 from fedsparse.errors import UserError
-from fedsparse.experiment import from_dict
+from fedsparse.experiment import from_dict, load_experiment
 from fedsparse.globalmask import prunable
 from fedsparse.method import build, load_method, method_names
 from fedsparse.report.tables import tier_rows
@@ -173,3 +174,32 @@ def test_an_adjusting_round_and_both_exchanges_of_the_selection_count(tmp_path: 
     assert {row["stage"] for row in before} == {"calibrate", "probe"} and len(before) == 6
     both = [sum(row["flops"] for row in before if row["client"] == i) for i in range(3)]
     assert run.summary["flops"]["max_preparation"] == max(both) > max(rounds[0])
+
+
+# --- another data set at the server ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    [({"name": "fedtiny", "pool": 1, "pretrain": "public", "pretrain_epochs": 2}, 2), ({"name": "snip"}, 1)],
+)
+def test_the_server_learns_from_a_public_data_set(method: dict[str, float | str], passes: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "public.npz", x=rng.random((40, 1, 8, 8)).astype(np.float32), y=np.arange(40) % 10)
+    settings = {"rounds": 1, "partition": {"clients": 3, "public": str(tmp_path / "public.npz")}, "method": method}
+    run = fedsparse.run(from_dict(settings), out=tmp_path / "run")
+    task = federation_of(from_dict(settings)).task
+    assert run.summary["flops"]["server"] == train_flops(trace(task.model, task.input_shape), 40 * passes)
+    again = fedsparse.run(load_experiment(tmp_path / "run" / "config.toml"), out=tmp_path / "again")
+    assert again.summary["digest"] == run.summary["digest"]
+    few = fedsparse.run(from_dict(settings, ["partition.holdout=2"]), out=tmp_path / "few")
+    assert few.summary["flops"]["server"] == run.summary["flops"]["server"] / 2
+    assert [c["n_train"] for c in few.clients] == [c["n_train"] for c in run.clients]
+    assert few.summary["digest"] != run.summary["digest"]
+
+
+def test_a_public_data_set_is_no_hold_out(tmp_path: Path) -> None:
+    settings = {"partition": {"holdout": 2}, "method": {"name": "fedtiny", "pretrain": "public"}}
+    with pytest.raises(UserError, match='pretrain = "public" needs another data set .*; set partition.public'):
+        fedsparse.run(from_dict(settings), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
