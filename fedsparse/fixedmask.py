@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fedsparse.client import check_positive
+from fedsparse.cost import train_flops
 from fedsparse.globalmask import (
     GlobalMaskStrategy,
     MaskedState,
@@ -75,6 +76,16 @@ class RankedMask(FixedMaskStrategy):
     def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
         """Of the kept weights of whole ``params``: name -> (kept,), larger = kept longer."""
 
+    @property
+    @abstractmethod
+    def scored_examples(self) -> int:
+        """Examples of which ``scores`` makes a forward and a backward pass."""
+
     def find_mask(self, task: Task, params: Params) -> Mask:
         groups = ranked_groups(task, self.density, self.density_kind, self.layer_densities)
         return prune_in_steps(lambda kept: self.scores(task, params, kept), prunable(task).sizes, groups, self.steps)
+
+    def server_flops(self, task: Task, state: State) -> float:
+        """At each step a training pass of the dense model over the scored examples; 0 where all weights are kept."""
+        assert isinstance(state, MaskedState)
+        return train_flops(prunable(task).layers, self.steps * self.scored_examples) if state.shared.mask else 0.0

@@ -20,7 +20,12 @@ from fedsparse.client import FederatedClient
 from fedsparse.errors import UserError, unknown
 from fedsparse.strategy import FederatedStrategy
 
-_GIVEN = ("client_spec", "client_config", "server_data")  # fields of a strategy that are no hyper-parameters
+_GIVEN = (
+    "client_spec",
+    "client_config",
+    "server_data",
+    "server_source",
+)  # fields of a strategy that are no hyper-parameters
 _KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _APPS = ("server_app", "client_app")  # files for `flwr run`, not methods
 

@@ -65,7 +65,7 @@ class Run:
 @dataclass(frozen=True)
 class Federation:
     """What an experiment trains: the task, the clients with their data and budgets, what was noted on the way, the
-    examples that were held out for the server, and the ids of the clients that take no part in training."""
+    server's own examples, and the ids of the clients that take no part in training."""
 
     task: Task
     clients: tuple[Client, ...]
@@ -94,21 +94,18 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     federation = federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper)
     devices = [client.device for client in federation.clients]
     strategy.server_data = federation.server
-    state = strategy.init(federation.task, devices)  # what cannot be met is refused before anything is written
-    strategy.foresee(federation.task, devices, _plan(experiment, federation.novel))
-    strategy.scheduled(federation.task, state, experiment.rounds)
-    federation = _noted(federation, strategy.notes(federation.task, devices))
+    strategy.server_source = "public" if experiment.partition.public else "holdout"
+    task, rounds, plan = federation.task, experiment.rounds, _plan(experiment, federation.novel)
+    state = strategy.first_state(task, devices, plan, rounds)  # refuses what cannot be met before anything is written
+    federation = _noted(federation, strategy.notes(task, devices))
     directory = _new_directory(experiment, method.name, out)
     record = _Recorder(directory, federation, on_round)
     with _errors_to(directory):
         config = _config(experiment, method, federation)
         _write(directory / "config.toml", config)
-        app = client_app(federation.task, federation.clients.__getitem__)
+        app = client_app(task, federation.clients.__getitem__)
         with LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid:
-            plan = _plan(experiment, federation.novel)
-            strategy.start(
-                grid, num_rounds=experiment.rounds, task=federation.task, devices=devices, plan=plan, on_round=record
-            )
+            strategy.start(grid, num_rounds=rounds, task=task, devices=devices, plan=plan, state=state, on_round=record)
             novel = strategy.onboard(grid) if federation.novel else None
             memories = {i: dict(decode(state).tensors) for i, state in sorted(grid.states().items()) if len(state)}
         wall = time.perf_counter() - start
@@ -117,7 +114,7 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
         _save_tensors(directory / "final.safetensors", strategy.state, memories)
         _save_rows(directory / "clients.parquet", record.rows)
         facts = _facts(experiment, method.name, federation, strategy, len(record.rounds), memories, wall)
-        masks = strategy.diagnose(federation.task, strategy.state, federation.participants, memories)
+        masks = strategy.diagnose(task, strategy.state, federation.participants, memories)
         summary = summarise(facts, record.rounds, record.rows, novel, masks)
         _write(directory / "report.html", page(summary, record.rounds, config, str(directory)))
         _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
@@ -407,6 +404,7 @@ def _facts(
         budget_of=experiment.budget.of,
         dense_bytes=Packet("train", _floats(task.reference)).nbytes,
         dense_flops=train_flops(trace(task.reference, task.input_shape, tokens=task.tokens), round(samples)),
+        server_flops=strategy.server_flops(task, strategy.state),
         dense_memory=_dense(task, config).memory,
         notes=federation.notes,
     )

@@ -123,7 +123,8 @@ class FederatedStrategy(Strategy):
     masked: whether clients train compact parameters under an element mask.
     preparation: the stages that come before round 1; each is an exchange like a round, numbered 0, without evaluation.
     client_spec: another client half than the method's own. client_config: the client half's hyper-parameters.
-    server_data: examples that the server has, None = none.
+    server_data: examples that the server has, None = none. server_source: where they come from, "holdout" (the clients'
+    data set) or "public" (another one).
     """
 
     client: ClassVar[str]
@@ -132,6 +133,7 @@ class FederatedStrategy(Strategy):
     client_spec: str = field(default="", kw_only=True)
     client_config: Mapping[str, Any] = field(default_factory=dict, kw_only=True)
     server_data: Split | None = field(default=None, kw_only=True, repr=False, compare=False)
+    server_source: str = field(default="holdout", kw_only=True, repr=False, compare=False)
 
     @abstractmethod
     def init(self, task: Task, devices: Sequence[Device]) -> State:
@@ -143,6 +145,10 @@ class FederatedStrategy(Strategy):
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         """The initial state once the number of rounds is known. Raises UserError for a schedule that does not fit."""
         return state
+
+    def server_flops(self, task: Task, state: State) -> float:
+        """Flops that the server itself spends in ``init``, on its own examples or on weights alone. Asked after it."""
+        return 0.0
 
     @abstractmethod
     def broadcast(self, state: State, device: Device) -> Packet:
@@ -177,6 +183,19 @@ class FederatedStrategy(Strategy):
 
     # --- the round loop ------------------------------------------------------------------------------------------
 
+    def first_state(
+        self, task: Task, devices: Sequence[Device], plan: Plan, rounds: int, initial: ArrayRecord | None = None
+    ) -> State:
+        """The state before the first exchange: of ``init``, once ``foresee`` and ``scheduled`` have agreed.
+
+        initial: one flat array in place of the initial global model. Raises UserError for whatever they refuse.
+        """
+        state = self.init(task, devices)
+        self.foresee(task, devices, plan)
+        if initial is not None and len(initial):
+            state = replace(state, params=_unflatten(initial, state.params))
+        return self.scheduled(task, state, rounds)
+
     def start(  # type: ignore[override]
         self,
         grid: Grid,
@@ -190,17 +209,23 @@ class FederatedStrategy(Strategy):
         task: Task,
         devices: Sequence[Device] = (),
         plan: Plan | None = None,
+        state: State | None = None,
         on_round: OnRound | None = None,
     ) -> Result:
         """Run ``num_rounds`` rounds over ``grid``; the same arguments as Flower's, and what a simulation needs.
 
         initial_arrays: replaces the initial global model (a record with one flat array). train_config and
         evaluate_config are ignored: what clients need rides with each packet. devices: with their
-        budgets; those without one are unlimited. on_round: gets a report after each round, and the rows of the
-        clients under ``"rows"``. Raises UserError or ClientError when a client fails or exceeds its budget.
+        budgets; those without one are unlimited. state: what this strategy's ``first_state`` gave for the same task,
+        devices, plan and rounds, without initial_arrays; None = it is called here. on_round: gets a report after each
+        round, and the rows of the clients under ``"rows"``. Raises UserError or ClientError when a client fails or
+        exceeds its budget.
         """
         result = Result()
-        for report in self.rounds(grid, num_rounds, timeout, initial_arrays, task=task, devices=devices, plan=plan):
+        reports = self.rounds(
+            grid, num_rounds, timeout, initial_arrays, task=task, devices=devices, plan=plan, state=state
+        )
+        for report in reports:
             server_round = report["round"]
             if server_round:
                 result.train_metrics_clientapp[server_round] = MetricRecord({"loss": report["loss"] or 0.0})
@@ -224,12 +249,13 @@ class FederatedStrategy(Strategy):
         task: Task,
         devices: Sequence[Device] = (),
         plan: Plan | None = None,
+        state: State | None = None,
     ) -> Iterator[dict[str, Any]]:
         """The loop of ``start`` as a generator: one report a round, so that the caller decides when to go on.
 
         The exchanges of the ``preparation`` come first; they all have round number 0, and so the same cohort.
         """
-        self._session = self._open(grid, timeout, task, devices, plan or Plan(), num_rounds, initial_arrays)
+        self._session = self._open(grid, timeout, task, devices, plan or Plan(), num_rounds, initial_arrays, state)
         while self.state.stage in self.preparation:
             yield self._round(0, grid, timeout)
         for server_round in range(1, num_rounds + 1):
@@ -252,6 +278,7 @@ class FederatedStrategy(Strategy):
         plan: Plan,
         rounds: int,
         initial: ArrayRecord | None,
+        state: State | None,
     ) -> _Session:
         nodes = _who_is_there(grid, timeout)
         given = {d.id: d for d in devices}
@@ -262,11 +289,10 @@ class FederatedStrategy(Strategy):
         if len(set(plan.novel)) == len(nodes):
             raise UserError(f"all {len(nodes)} clients are novel: none is left to train")
         known = {i: given.get(i, Device(i)) for i in sorted(nodes)}
-        state = self.init(task, list(known.values()))
-        self.foresee(task, list(known.values()), plan)
-        if initial is not None and len(initial):
-            state = replace(state, params=_unflatten(initial, state.params))
-        state = self.scheduled(task, state, rounds)
+        if state is None:
+            state = self.first_state(task, list(known.values()), plan, rounds, initial)
+        elif initial is not None and len(initial):
+            raise UserError("start takes initial_arrays or a state, not both")
         return _Session(task, plan, rounds, known, nodes, state, self.client_config)
 
     def _arrays(self) -> ArrayRecord:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, candidate_counts, lowest_loss, union_mask
 from fedsparse.changing import ChangingMask, ChangingState
 from fedsparse.client import check_not_negative, check_positive
+from fedsparse.cost import train_flops
 from fedsparse.errors import UserError, unknown
 from fedsparse.globalmask import SharedMask, kept_counts, masked_packet, prunable
 from fedsparse.models.norms import read_statistics, with_statistics
@@ -36,7 +37,7 @@ from fedsparse.regrow import (
     named_counts,
 )
 from fedsparse.seeding import torch_rng
-from fedsparse.sgd import sgd
+from fedsparse.sgd import batches, sgd
 from fedsparse.sparse.masks import Mask, compact
 from fedsparse.sparse.pruning import (
     GRANULARITIES,
@@ -51,7 +52,11 @@ from fedsparse.task import Device, Params, Task
 from fedsparse.threads import one_thread
 
 SELECTIONS = ("adaptive", "vanilla")
-SOURCES = ("none", "holdout", "public")
+SOURCES = {  # of the server's examples, and what each needs
+    "none": "",
+    "holdout": "examples that the server keeps; set partition.holdout without partition.public",
+    "public": "another data set at the server; set partition.public",
+}
 _SGD = (
     "lr",
     "batch_size",
@@ -90,12 +95,12 @@ class FedTiny(ChangingMask):
 
     density, density_kind, layer_densities: as for a fixed mask. pool: candidates; 1 = the layer densities as they are,
     without noise and selection. selection: "adaptive" (statistics first) or "vanilla" (with those of the server).
-    variance: of the statistics, "mean" or "total" (:class:`StatisticsMean`). pretrain: "none" or "holdout" (on
-    ``server_data``, for ``pretrain_epochs``). progressive: change the mask while training; granularity and order:
-    which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r, r_stop: 0 = a thirtieth
-    and a third of all rounds. nested: a device of a smaller density budget trains a part of the model, density 0 is the
-    largest budget, and the parts are chosen anew every ``nest_every`` rounds (0 = a thirtieth of all) and with every
-    change of the mask; an extension.
+    variance: of the statistics, "mean" or "total" (:class:`StatisticsMean`). pretrain: "none", or "holdout" or
+    "public" (on ``server_data`` of that source, for ``pretrain_epochs``). progressive: change the mask while training;
+    granularity and order: which layers together and in turn; alpha: share that changes at first, in (0, 1]; delta_r,
+    r_stop: 0 = a thirtieth and a third of all rounds. nested: a device of a smaller density budget trains a part of the
+    model, density 0 is the largest budget, and the parts are chosen anew every ``nest_every`` rounds (0 = a thirtieth
+    of all) and with every change of the mask; an extension.
     """
 
     client: ClassVar[str] = "fedtiny"
@@ -120,8 +125,6 @@ class FedTiny(ChangingMask):
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(name, getattr(self, name), known)
-        if self.pretrain == "public":
-            raise UserError('pretrain = "public" is not supported yet; use "holdout" or "none"')
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
         check_not_negative(nest_every=self.nest_every)
@@ -175,14 +178,24 @@ class FedTiny(ChangingMask):
         params = task.init_params()
         if self.pretrain == "none":
             return params
-        if self.server_data is None:
-            raise UserError('pretrain = "holdout" needs examples that the server keeps; set partition.holdout')
-        how = {"lr": 0.05, "batch_size": 32} | {
-            key: self.client_config[key] for key in _SGD if key in self.client_config
-        }
-        rng = torch_rng(task.seed, "pretrain")
+        if self.server_data is None or self.server_source != self.pretrain:
+            raise UserError(f'pretrain = "{self.pretrain}" needs {SOURCES[self.pretrain]}')
         with one_thread():
-            return sgd(task, params, self.server_data, epochs=self.pretrain_epochs, rng=rng, **how).params
+            return sgd(task, params, self.server_data, rng=torch_rng(task.seed, "pretrain"), **self._training).params
+
+    def server_flops(self, task: Task, state: State) -> float:
+        """Of the batches of the dense model's pre-training."""
+        if self.pretrain == "none" or self.server_data is None:
+            return 0.0
+        size, epochs = self._training["batch_size"], self._training["epochs"]
+        seen = batches(len(self.server_data), size, epochs, torch_rng(task.seed, "pretrain"))
+        return train_flops(prunable(task).layers, sum(map(len, seen)))
+
+    @property
+    def _training(self) -> dict[str, Any]:
+        """How the server trains: as the clients do, for epochs of its own."""
+        given = {key: self.client_config[key] for key in _SGD if key in self.client_config}
+        return {"lr": 0.05, "batch_size": 32, **given, "epochs": self.pretrain_epochs}
 
     # --- each exchange -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 Source: Lee, Ajanthan, Torr, "SNIP: Single-shot Network Pruning based on Connection Sensitivity", ICLR 2019,
 arXiv 1810.02340, eqs. (4) to (6); code: namhoonlee/snip-public, b00bef0.
-Differs from it: the score is of all examples that the server keeps, not of one batch of training data, which no server
+Differs from it: the score is of all examples that the server has, not of one batch of training data, which no server
 has; first convolution and classifier stay dense; every layer keeps a weight at least, where global ranking would empty
 it; the initial weights are those of every other method. Several steps (``steps`` above 1) are not in the paper.
 """
@@ -27,8 +27,12 @@ class Snip(RankedMask):
 
     def find_mask(self, task: Task, params: Params) -> Mask:
         if self.server_data is None:
-            raise UserError("snip needs examples that the server keeps; set partition.holdout")
+            raise UserError("snip needs examples that the server keeps; set partition.holdout or partition.public")
         return super().find_mask(task, params)
+
+    @property
+    def scored_examples(self) -> int:
+        return len(self.server_data) if self.server_data else 0
 
     def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
         assert self.server_data is not None

@@ -27,5 +27,9 @@ class SynFlow(RankedMask):
 
     steps: int = 100
 
+    @property
+    def scored_examples(self) -> int:
+        return 1  # the input of ones; in double precision, which flops do not show
+
     def scores(self, task: Task, params: Params, kept: Mask) -> Mapping[str, Tensor]:
         return flow_scores(task, params, kept)

@@ -383,6 +383,98 @@ def test_a_hold_out_larger_than_the_data_is_refused() -> None:
         federate(numbered(90, 3), PartitionConfig("iid", 3, holdout=60), 0)
 
 
+# Another data set at the server
+
+
+def columns(seed: int, n: int = 240, shift: float = 0.0) -> dict[str, Array]:
+    """Rows of three columns of different size, some missing, with three classes."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=(n, 3)) * [1, 10, 100] + [5, 0, shift]).astype(np.float32)
+    x[rng.random(x.shape) < 0.1] = np.nan
+    return {"x": x, "y": np.arange(n) % 3}
+
+
+def saved(path: Path, **arrays: Array) -> str:
+    np.savez(path, **arrays)
+    return str(path)
+
+
+@pytest.mark.parametrize("holdout", [0, 7])
+@pytest.mark.parametrize("part", [False, True])
+def test_public_examples_are_the_servers_and_the_clients_lose_nothing(holdout: int, part: bool, tmp_path: Path) -> None:
+    dataset, other = make_dataset("own", **columns(1)), columns(2, 300, shift=50)
+    if part:
+        other["part"] = (np.arange(300) >= 200).astype(np.uint8)
+    config = PartitionConfig("iid", 4, holdout=holdout, public=saved(tmp_path / "public.npz", **other))
+    data, plain = federate(dataset, config, 3), federate(dataset, PartitionConfig("iid", 4), 3)
+    assert bits(data) == bits(plain)
+    assert data.server is not None and len(data.server) == (3 * holdout or (200 if part else 300))
+    if holdout:
+        assert torch.bincount(data.server.y).tolist() == [holdout] * 3
+    # scaled by the clients' training statistics; whose rows these are is told by a data set of row numbers
+    tags = make_dataset("own", np.arange(240)[:, None], dataset.y, vocabulary=240)
+    train = torch.cat([c.train.x[:, 0] for c in federate(tags, PartitionConfig("iid", 4), 3).clients])
+    seen = dataset.x[train.numpy()].astype(float)
+    expected = np.nan_to_num((other["x"] - np.nanmean(seen, axis=0)) / np.nanstd(seen, axis=0))
+    rows = [int(np.abs(expected - x).sum(1).argmin()) for x in data.server.x.numpy()]
+    assert len(set(rows)) == len(rows) and (not part or max(rows) < 200)
+    assert holdout or rows == list(range(len(rows)))
+    assert np.allclose(data.server.x, expected[rows], atol=1e-4)
+    assert data.server.y.tolist() == other["y"][rows].tolist()
+
+
+def test_public_tokens_are_not_scaled(tmp_path: Path) -> None:
+    public = saved(tmp_path / "p.npz", x=np.arange(60)[::-1, None] % 90, y=np.arange(60) % 3, vocabulary=np.array(90))
+    data = federate(numbered(90, 3), PartitionConfig("iid", 3, public=public), 0)
+    assert data.server is not None and data.server.x[:, 0].tolist() == list(range(59, -1, -1))
+    assert all_rows(chain(*rows_of(data))) == list(range(90))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "holdout", "message"),
+    [
+        ({"x": np.zeros((9, 4), np.float32)}, 0, r"input shape of .*p.npz: \(4,\), where own has \(3,\)"),
+        (
+            {"x": np.zeros((9, 3), int), "vocabulary": np.array(5)},
+            0,
+            "kind of input of .*: tokens of 5, where own has num",
+        ),
+        ({"y": np.arange(9) % 2}, 0, "classes of .*: 2, where own has 3"),
+        ({"y": np.arange(9) % 4}, 0, "classes of .*: 4, where own has 3"),
+        ({"part": np.ones(9, np.uint8)}, 0, "p.npz has no training examples"),
+        ({}, 4, "partition.holdout is 4, but class 0 of .*p.npz has 3 training examples"),
+        (columns(1), 0, "p.npz is the clients' own data set; set partition.holdout alone"),
+    ],
+)
+def test_public_data_that_do_not_fit_are_refused(
+    arrays: dict[str, Array], holdout: int, message: str, tmp_path: Path
+) -> None:
+    plain = {"x": columns(2, 9)["x"], "y": np.arange(9) % 3}
+    config = PartitionConfig("iid", 4, holdout=holdout, public=saved(tmp_path / "p.npz", **{**plain, **arrays}))
+    with pytest.raises(UserError, match=message) as found:
+        federate(make_dataset("own", **columns(1)), config, 0)
+    assert "\n" not in str(found.value)
+
+
+def test_a_public_set_that_is_not_there_is_named(tmp_path: Path) -> None:
+    own = make_dataset("own", **columns(1))
+    with pytest.raises(UserError, match="partition.public: unknown data set 'digit'; did you mean 'digits'"):
+        federate(own, PartitionConfig("iid", 4, public="digit"), 0)
+    with pytest.raises(UserError, match="partition.public: no data set file or folder '.*nowhere.npz'"):
+        federate(own, PartitionConfig("iid", 4, public=str(tmp_path / "nowhere.npz")), 0)
+
+
+def test_named_sets_as_public_ones() -> None:
+    data_file("mnist_writers.npz"), data_file("femnist_digits.npz")
+    with pytest.raises(UserError, match=r"input shape of mnist: \(1, 28, 28\), where digits has \(1, 8, 8\)"):
+        federate(load_dataset("digits"), PartitionConfig(public="mnist"), 0)
+    with pytest.raises(UserError, match="digits is the clients' own data set"):
+        federate(load_dataset("digits"), PartitionConfig(public="digits"), 0)
+    data = federate(load_dataset("femnist"), PartitionConfig(clients=3, holdout=2, public="mnist"), 0)
+    assert data.server is not None and data.server.x.shape == (20, 1, 28, 28)
+    assert torch.bincount(data.server.y).tolist() == [2] * 10
+
+
 def test_unknown_data_sets() -> None:
     with pytest.raises(UserError, match=r"unknown data set 'digit'; did you mean 'digits'"):
         load_dataset("digit")

@@ -39,7 +39,7 @@ FULL = Experiment(
     device="auto",
     name="my run",
     client="mylab/client.py:Mine",
-    partition=PartitionConfig(scheme="dirichlet", clients=5, alpha=0.3, novel=0.2),
+    partition=PartitionConfig(scheme="dirichlet", clients=5, alpha=0.3, holdout=2, public="a b.npz", novel=0.2),
     budget=BudgetConfig(tiers=(1.0, 0.5), of="bytes", table="my devices.csv", on_over_budget="record"),
     engine=EngineConfig(workers=2, on_client_error="skip", min_replies=3),
     evaluate=EvaluateConfig(every=2, fraction=0.5, split="validation"),

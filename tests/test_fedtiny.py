@@ -477,7 +477,23 @@ def test_the_server_trains_first_on_what_it_has() -> None:
     other, _ = tiny(pool=1, density=0.5)
     assert all(torch.equal(first.params[n], again.params[n]) for n in first.params)
     assert not torch.equal(first.params["conv1.weight"], other.init(task, [Device(0)]).params["conv1.weight"])
-    assert "server_data" not in hyper_parameters(load_method("fedtiny"))
+    assert not {"server_data", "server_source"} & hyper_parameters(load_method("fedtiny")).keys()
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "source", "message"),
+    [
+        ("holdout", "public", 'pretrain = "holdout" needs .*; set partition.holdout without partition.public'),
+        ("public", "holdout", 'pretrain = "public" needs another data set at the server; set partition.public'),
+    ],
+)
+def test_the_servers_examples_must_be_of_the_source_that_is_asked_for(pretrain: str, source: str, message: str) -> None:
+    strategy, _ = tiny(pretrain=pretrain, pool=1, density=0.5)
+    strategy.server_data, strategy.server_source = small_split(20, "server"), source
+    with pytest.raises(UserError, match=message):
+        strategy.init(norm_task(), [Device(0)])
+    strategy.server_source = pretrain
+    assert strategy.init(norm_task(), [Device(0)]).params
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -494,7 +510,6 @@ def test_the_server_trains_first_on_what_it_has() -> None:
         ({"selection": "none"}, "unknown selection 'none'"),
         ({"variance": "all"}, "unknown variance 'all'"),
         ({"pretrain": "test"}, "unknown pretrain 'test'"),
-        ({"pretrain": "public"}, 'pretrain = "public" is not supported yet; use "holdout" or "none"'),
         ({"delta_r": -1}, "delta_r and r_stop must be at least 0, got -1 and 0"),
         ({"development": 0.0}, r"development must be in \(0, 1\], got 0"),
         ({"min_development": 1}, "min_development must be at least 2"),

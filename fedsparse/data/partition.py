@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedsparse.data.datasets import load_dataset
 from fedsparse.data.formats import Array, Dataset
 from fedsparse.errors import UserError, unknown
 from fedsparse.seeding import numpy_rng, seed_of
@@ -45,8 +46,10 @@ class PartitionConfig:
     min_train: training examples, at least 1; smaller natural clients are dropped, other schemes draw again, up to
     ``retries`` times. min_test: test examples that a client gets where it has enough (see ``split_sizes``).
     max_clients: keep the first so many; 0 = all. holdout: training examples of each class that the server keeps for
-    itself, drawn by seed before the division; no client has them, whatever the method. novel: share of the clients, in
-    [0, 1), drawn by seed, that take no part in training; at least one then does and one does not.
+    itself, drawn by seed before the division; no client has them, whatever the method. public: another data set, as
+    ``load_dataset`` takes it, whose training examples the server has instead: ``holdout`` of each class, 0 = all;
+    "" = none. novel: share of the clients, in [0, 1), drawn by seed, that take no part in training; at least one then
+    does and one does not.
     """
 
     scheme: str = "auto"
@@ -58,6 +61,7 @@ class PartitionConfig:
     max_clients: int = 0
     retries: int = 20
     holdout: int = 0
+    public: str = ""
     novel: float = 0.0
 
     def __post_init__(self) -> None:
@@ -88,8 +92,8 @@ class FederatedData:
 
     input_shape: of one example; vocabulary: number of tokens, 0 = numeric input.
     notes: what a user should know, one line each: clients dropped, clients with a small test set, unused classes.
-    server: the hold-out, None where there is none. novel: sorted ids (places in ``clients``) of those that take no
-    part in training.
+    server: the server's own examples, held out or public, None where there are none. novel: sorted ids (places in
+    ``clients``) of those that take no part in training.
     """
 
     name: str
@@ -124,14 +128,16 @@ def federate(dataset: Dataset, config: PartitionConfig, seed: int) -> FederatedD
     inside them, test = the given test part and validation = the last quarter, in file order, of each class of the
     client's training part. Numeric inputs are scaled to mean 0 and standard deviation 1, per channel or column, by
     the training examples of all clients but the novel ones together; missing values then become 0, the training mean.
-    The same arguments give the same bits. Raises UserError where the division cannot be made.
+    Public examples are scaled by the same numbers and change nothing of the clients'. The same arguments give the same
+    bits. Raises UserError where the division cannot be made and for a public data set that does not fit.
     """
     notes: list[str] = []
-    held = _held_out(dataset, config.holdout, seed)
+    public = _public(dataset, config, seed) if config.public else None
+    held = _held_out(dataset, 0 if public else config.holdout, seed)
     rows, names = _groups(dataset, config, seed, notes, held)
     shares = _split(dataset, config, seed, rows, names, notes)
     kept = _keep(dataset, config, shares, notes)
-    return _assemble(dataset, kept, held, _novel(len(kept), config.novel, seed), tuple(notes))
+    return _assemble(dataset, kept, held, public, _novel(len(kept), config.novel, seed), tuple(notes))
 
 
 def split_sizes(n: int, min_train: int, min_test: int) -> tuple[int, int, int]:
@@ -165,6 +171,33 @@ def _held_out(dataset: Dataset, count: int, seed: int) -> Array:
             )
         rows.append(np.sort(rng.choice(of_class, count, replace=False)))
     return np.concatenate(rows)
+
+
+def _public(dataset: Dataset, config: PartitionConfig, seed: int) -> tuple[Array, Array]:
+    """Inputs and labels of the server's examples of another data set, not yet scaled."""
+    try:
+        public = load_dataset(config.public)
+    except UserError as error:
+        raise UserError(f"partition.public: {error}") from error
+    for what, own, wanted in zip(
+        ("kind of input", "input shape", "classes"), _form(public), _form(dataset), strict=True
+    ):
+        if own != wanted:
+            raise UserError(f"partition.public: {what} of {public.name}: {own}, where {dataset.name} has {wanted}")
+    if np.array_equal(public.x, dataset.x, equal_nan=True):
+        raise UserError(f"partition.public: {public.name} is the clients' own data set; set partition.holdout alone")
+    rows = np.arange(len(public)) if public.part is None else np.flatnonzero(public.part == 0)
+    if not len(rows):
+        raise UserError(f"partition.public: {public.name} has no training examples")
+    if config.holdout:
+        rows = _held_out(public, config.holdout, seed)
+    return public.x[rows], public.y[rows]
+
+
+def _form(dataset: Dataset) -> tuple[str, tuple[int, ...], int]:
+    """What two data sets must have in common for one model: kind of input, input shape, number of classes."""
+    kind = f"tokens of {dataset.vocabulary}" if dataset.vocabulary else "numbers"
+    return kind, dataset.x.shape[1:], dataset.classes
 
 
 # Partitions: lists of row numbers, one list a client
@@ -368,13 +401,21 @@ def _novel(clients: int, share: float, seed: int) -> tuple[int, ...]:
 
 
 def _assemble(
-    dataset: Dataset, clients: Sequence[_Shares], held: Array, novel: tuple[int, ...], notes: tuple[str, ...]
+    dataset: Dataset,
+    clients: Sequence[_Shares],
+    held: Array,
+    public: tuple[Array, Array] | None,
+    novel: tuple[int, ...],
+    notes: tuple[str, ...],
 ) -> FederatedData:
     parts = [p for c in clients for p in c.parts] + [held]
     rows = np.concatenate(parts)
-    ends = np.cumsum([len(p) for p in parts]).tolist()
-    spans = list(itertools.pairwise([0, *ends]))  # train, validation, test, train, ..., the server's
     inputs, labels = dataset.x[rows], dataset.y[rows]
+    ends = np.cumsum([len(p) for p in parts]).tolist()
+    if public:
+        inputs, labels = np.concatenate([inputs, public[0]]), np.concatenate([labels, public[1]])
+        ends[-1] = len(labels)
+    spans = list(itertools.pairwise([0, *ends]))  # train, validation, test, train, ..., the server's
     if not dataset.vocabulary:
         _scale(inputs, [span for i, span in enumerate(spans[:-1:3]) if i not in novel])
     x, y = torch.from_numpy(inputs), torch.from_numpy(labels)
@@ -387,7 +428,7 @@ def _assemble(
         clients=tuple(ClientData(c.name, *splits[3 * i : 3 * i + 3]) for i, c in enumerate(clients)),
         notes=notes,
         default_model=dataset.default_model,
-        server=splits[-1] if len(held) else None,
+        server=splits[-1] if len(splits[-1]) else None,
         novel=novel,
     )
 

@@ -18,6 +18,7 @@ from fedsparse.task import Score
 
 Row = Mapping[str, Any]
 MASKS = ("distinct", "mean_overlap", "never_trained", "agreement")
+_ELSEWHERE = ("wall", "dense_bytes", "dense_flops", "server_flops", "dense_memory")  # facts with another name below
 _GAP = 1  # epochs of onboarding after which novel clients are set against participants
 _LAST = 5  # evaluated rounds that a figure averages
 _DRAWS = 2000  # simulated federations behind the noise figure
@@ -40,6 +41,7 @@ class Facts:
     budget_of: str
     dense_bytes: int
     dense_flops: float
+    server_flops: float
     dense_memory: int
     notes: tuple[str, ...]
 
@@ -53,10 +55,10 @@ def summarise(
 ) -> dict[str, Any]:
     """The content of ``summary.json`` (the stable names of the documentation, and ``tiers``).
 
-    Totals include the exchanges before round 1; figures per client and round do not. novel: what came of the novel
-    clients, None where there are none. masks: what the method says of its masks.
+    Totals include the exchanges before round 1 and the server's own flops; figures per client and round do not. novel:
+    what came of the novel clients, None where there are none. masks: what the method says of its masks.
     """
-    named = {k: v for k, v in asdict(facts).items() if k not in ("wall", "dense_bytes", "dense_flops", "dense_memory")}
+    named = {name: value for name, value in asdict(facts).items() if name not in _ELSEWHERE}
     named["rounds"] = sum(1 for r in rounds if r["round"])  # without the preparation
     before = [r for r in rounds if not r["round"]]
     tiers = sorted({row["tier"] for row in rows}, key=lambda t: math.inf if t is None else t, reverse=True)
@@ -80,8 +82,9 @@ def summarise(
         "flops": {
             **whole["flops"],
             "dense_train_per_client_round": facts.dense_flops,
-            "total": sum(r["flops"] for r in rounds),
-            "preparation_total": sum(r["flops"] for r in before),
+            "server": facts.server_flops,
+            "total": facts.server_flops + sum(r["flops"] for r in rounds),
+            "preparation_total": facts.server_flops + sum(r["flops"] for r in before),
         },
         "memory": {**whole["memory"], "dense_peak_model_bytes": facts.dense_memory},
         "seconds": {"wall": facts.wall, **seconds, "simulated": None},
@@ -114,6 +117,8 @@ def _figures(rows: Sequence[Row]) -> dict[str, Any]:
         },
         "flops": {
             "train_per_client_round": _mean(row["flops"] for row in trained),
+            "max_per_client_round": _most(trained, "flops"),
+            "max_preparation": _most_before(rows),
             "inference_per_sample": None if macs is None else 2 * macs,
         },
         "memory": {"peak_model_bytes": _most(rows, "memory")},
@@ -202,6 +207,15 @@ def _share(part: float | None, whole: float) -> float | None:
 
 def _most(rows: Sequence[Row], name: str) -> float | None:
     return _best(max, (row[name] for row in rows))
+
+
+def _most_before(rows: Sequence[Row]) -> float | None:
+    """The most flops that a client spends on all exchanges before round 1 together; None where there are none."""
+    spent: dict[int, float] = {}
+    for row in rows:
+        if not row["round"] and row["flops"] is not None:
+            spent[row["client"]] = spent.get(row["client"], 0.0) + row["flops"]
+    return max(spent.values(), default=None)
 
 
 def _best(choose: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:

@@ -157,6 +157,7 @@ def _figures(tier: Mapping[str, Any]) -> Row:
         "bytes_up_per_client_round": _at(tier, "bytes", "up_per_client_round"),
         "bytes_down_per_client_round": _at(tier, "bytes", "down_per_client_round"),
         "multiply_adds_train_per_client_round": _half(_at(tier, "flops", "train_per_client_round")),
+        "multiply_adds_max_per_client_round": _half(_at(tier, "flops", "max_per_client_round")),
         "multiply_adds_inference_per_sample": _half(_at(tier, "flops", "inference_per_sample")),
         "memory_peak_model_bytes": _at(tier, "memory", "peak_model_bytes"),
         "seconds_train_per_client_round": _at(tier, "seconds", "train_per_client_round"),
