@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedsparse.errors import ClientError, UserError
     from fedsparse.experiment import Experiment, load_experiment
-    from fedsparse.runner import Run, run
+    from fedsparse.runner import Run, resume, run
 
 _HOMES = {
     "ClientError": "fedsparse.errors",
@@ -23,10 +23,11 @@ _HOMES = {
     "Run": "fedsparse.runner",
     "UserError": "fedsparse.errors",
     "load_experiment": "fedsparse.experiment",
+    "resume": "fedsparse.runner",
     "run": "fedsparse.runner",
 }
 
-__all__ = ["ClientError", "Experiment", "Run", "UserError", "load_experiment", "run"]
+__all__ = ["ClientError", "Experiment", "Run", "UserError", "load_experiment", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

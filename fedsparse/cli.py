@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,7 +17,7 @@ from fedsparse.errors import ClientError, UserError, unknown
 
 if TYPE_CHECKING:
     from fedsparse.experiment import Experiment
-    from fedsparse.runner import Run
+    from fedsparse.runner import OnRound, Run
 
 USER_ERROR, INTERRUPTED = 2, 130  # exit codes
 
@@ -85,12 +87,24 @@ def run(
     numbers = {"rounds": rounds, "seed": seed, "engine.workers": workers}
     changes = [f"{key}={value}" for key, value in options.items() if value]
     changes += [f"{key}={value}" for key, value in numbers.items() if value is not None]
-    try:
+    with _traces(debug):
         done = _run(_experiment(experiment, [*(settings or []), *changes]), out, quiet)
-    except UserError as error:
-        if debug:
-            _print_trace(error)
-        raise
+    _print_result(done, quiet, as_json)
+
+
+@app.command()
+def resume(
+    folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run that was interrupted.")],
+    workers: Annotated[int, typer.Option(help="Worker processes; 0 = as many as the run had.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors, the clients' too.")] = False,
+) -> None:
+    """Go on with an interrupted run from its newest checkpoint."""
+    from fedsparse.runner import resume as go_on
+
+    with _traces(debug):
+        done = _watched(lambda on_round: go_on(folder, workers=workers, on_round=on_round), quiet)
     _print_result(done, quiet, as_json)
 
 
@@ -163,27 +177,48 @@ def _experiment(source: str, overrides: list[str]) -> Experiment:
 
 
 def _run(experiment: Experiment, out: Path | None, quiet: bool) -> Run:
-    from fedsparse.report.progress import LiveProgress
     from fedsparse.runner import run
+
+    for note in () if quiet else experiment.notes:
+        typer.echo(f"note: {note}", err=True)
+    return _watched(lambda on_round: run(experiment, out=out, on_round=on_round), quiet)
+
+
+def _watched(work: Callable[[OnRound | None], Run], quiet: bool) -> Run:
+    """Do it, with a progress display."""
+    from fedsparse.report.progress import LiveProgress
 
     _log_to_standard_error(quiet)
     if quiet:
-        return run(experiment, out=out)
-    for note in experiment.notes:
-        typer.echo(f"note: {note}", err=True)
+        return work(None)
     progress = LiveProgress()
     try:
-        return run(experiment, out=out, on_round=progress)
+        return work(progress)
     finally:
         progress.close()
 
 
+@contextmanager
+def _traces(debug: bool) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        if debug:
+            _print_trace(error)
+        raise
+
+
+class _Lines(logging.Formatter):
+    """ "note: ..." or "warning: ..."."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return f"{'warning' if record.levelno >= logging.WARNING else 'note'}: {record.getMessage()}"
+
+
 def _log_to_standard_error(quiet: bool) -> None:
     """The library's own lines, such as that it compiles something; none with ``quiet``."""
-    import logging
-
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("note: %(message)s"))
+    handler.setFormatter(_Lines())
     logger = logging.getLogger("fedsparse")
     logger.handlers = [handler]
     logger.setLevel(logging.ERROR if quiet else logging.INFO)

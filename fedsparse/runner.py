@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,17 +23,21 @@ import torch
 from torch import Tensor, nn
 
 from fedsparse.budget import Dense, assign, narrow_width
+from fedsparse.checkpoint import CLIENTS, Checkpoint, Checkpoints, unpacked
 from fedsparse.client import client_app
 from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops
 from fedsparse.data import FederatedData, federate, load_dataset
 from fedsparse.engine.local import LocalGrid
+from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError, unknown
-from fedsparse.experiment import Experiment, toml_text
+from fedsparse.experiment import Experiment, load_experiment, toml_text
+from fedsparse.final import FINAL, FinalMemories, Memories, save_final
 from fedsparse.method import Method, build, hyper_parameters, load_method
 from fedsparse.models import build_model
-from fedsparse.packet import Packet, decode
+from fedsparse.packet import Packet
 from fedsparse.report.page import page
 from fedsparse.report.summary import Facts, summarise
+from fedsparse.rows import Onboarding
 from fedsparse.seeding import seed_of
 from fedsparse.sgd import optimizer_copies
 from fedsparse.sparse.representation import crossovers, prepare, why_dense
@@ -40,6 +45,8 @@ from fedsparse.strategy import FederatedStrategy, Plan, State
 from fedsparse.task import Client, Score, Split, Task
 
 OnRound = Callable[[dict[str, Any]], None]
+_ROWS = "clients.jsonl"  # the clients' rows while the run goes on; then they are ``clients.parquet``
+_HISTORY = ("rounds.jsonl", _ROWS)
 _BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
 _PACKAGES = ("fedsparse", "torch", "numpy", "numba", "flwr")
@@ -59,7 +66,7 @@ class Run:
     rounds: list[dict[str, Any]]
     clients: list[dict[str, Any]]
     state: State
-    memories: dict[int, dict[str, Tensor]]
+    memories: Mapping[int, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -88,59 +95,145 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     user can mend; a run that fails or is interrupted leaves no ``summary.json``.
     """
     start = time.perf_counter()
+    job = _job(experiment)
+    directory = _new_directory(experiment, job.method.name, out)
+    with _errors_to(directory):
+        _write(directory / "config.toml", _config(experiment, job.method, job.federation))
+    return _carried_out(job, directory, on_round, start, None)
+
+
+def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None = None) -> Run:
+    """Go on with a run that was interrupted, from its newest checkpoint that is whole, to the same digest.
+
+    workers: other than the run had; 0 = the same. Raises UserError for a folder that holds no unfinished run.
+    """
+    start, directory = time.perf_counter(), Path(directory)
+    if not (directory / "config.toml").is_file():
+        raise UserError(f"{str(directory)!r} is no run folder: it has no config.toml")
+    if (directory / "summary.json").exists():
+        raise UserError(f"the run in {str(directory)!r} is complete")
+    overrides = [f"engine.workers={workers}"] if workers else []
+    job = _job(load_experiment(directory / "config.toml", overrides))
+    with _errors_to(directory):
+        found = Checkpoints(directory, _HISTORY).newest()
+    return _carried_out(job, directory, on_round, start, found)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run needs: the experiment, its two halves, who takes part, the state before round 1."""
+
+    experiment: Experiment
+    method: Method
+    strategy: FederatedStrategy
+    federation: Federation
+    plan: Plan
+    state: State
+
+
+def _job(experiment: Experiment) -> _Job:
+    """Refuses what cannot be met, before anything is written."""
     method = load_method(experiment.method, experiment.client)
     strategy = build(method, experiment.hyper)
     hyper = strategy.client_config
     federation = federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper)
-    devices = [client.device for client in federation.clients]
+    devices, plan = [client.device for client in federation.clients], _plan(experiment, federation.novel)
     strategy.server_data = federation.server
     strategy.server_source = "public" if experiment.partition.public else "holdout"
-    task, rounds, plan = federation.task, experiment.rounds, _plan(experiment, federation.novel)
-    state = strategy.first_state(task, devices, plan, rounds)  # refuses what cannot be met before anything is written
-    federation = _noted(federation, strategy.notes(task, devices))
-    directory = _new_directory(experiment, method.name, out)
-    record = _Recorder(directory, federation, on_round)
-    with _errors_to(directory):
-        config = _config(experiment, method, federation)
-        _write(directory / "config.toml", config)
-        app = client_app(task, federation.clients.__getitem__)
-        with LocalGrid(app, len(devices), workers=experiment.engine.workers, own_replies=False) as grid:
-            strategy.start(grid, num_rounds=rounds, task=task, devices=devices, plan=plan, state=state, on_round=record)
+    state = strategy.first_state(federation.task, devices, plan, experiment.rounds)
+    federation = _noted(federation, strategy.notes(federation.task, devices))
+    return _Job(experiment, method, strategy, federation, plan, state)
+
+
+def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: float, found: Checkpoint | None) -> Run:
+    """The rounds that are left, and all files of a finished run. start: when this began, for the wall clock."""
+    experiment, strategy, federation = job.experiment, job.strategy, job.federation
+    task, engine = federation.task, experiment.engine
+    checkpoints = Checkpoints(directory, _HISTORY)
+    start -= found.wall if found else 0.0
+    with _errors_to(directory), MemoryStore(directory / CLIENTS, engine.memory_mb * 10**6) as store:
+        record = _Recorder(directory, federation, on_round)
+        state = job.state
+        if found:
+            state = unpacked(*found.state)
+            store.restore(found.memories)
+            record.read()
+
+        def after(report: dict[str, Any]) -> None:
+            record(report)
+            if engine.checkpoint_every and report["round"] % engine.checkpoint_every == 0:
+                wall, reports = time.perf_counter() - start, len(record.rounds)
+                checkpoints.write(strategy.state, store, reports=reports, done=report["round"], wall=wall)
+
+        app, count = client_app(task, federation.clients.__getitem__), len(federation.clients)
+        with LocalGrid(app, count, workers=engine.workers, own_replies=False, store=store) as grid:
+            devices = [client.device for client in federation.clients]
+            strategy.start(
+                grid,
+                num_rounds=experiment.rounds,
+                task=task,
+                devices=devices,
+                plan=job.plan,
+                state=state,
+                done=found.done if found else 0,
+                on_round=after,
+            )
             novel = strategy.onboard(grid) if federation.novel else None
-            memories = {i: dict(decode(state).tensors) for i, state in sorted(grid.states().items()) if len(state)}
-        wall = time.perf_counter() - start
-        if novel and novel.errors:
-            _write(directory / "client_error.txt", novel.errors[0].trace)
-        _save_tensors(directory / "final.safetensors", strategy.state, memories)
-        _save_rows(directory / "clients.parquet", record.rows)
-        facts = _facts(experiment, method.name, federation, strategy, len(record.rounds), memories, wall)
-        masks = strategy.diagnose(task, strategy.state, federation.participants, memories)
-        summary = summarise(facts, record.rounds, record.rows, novel, masks)
-        _write(directory / "report.html", page(summary, record.rounds, config, str(directory)))
-        _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
+        return _finished(job, directory, record, store, novel, start)
+
+
+def _finished(
+    job: _Job, directory: Path, record: _Recorder, store: MemoryStore, novel: Onboarding | None, start: float
+) -> Run:
+    """The files of a finished run, ``summary.json`` last; what only a resumed run needs goes."""
+    task, strategy = job.federation.task, job.strategy
+    if novel and novel.errors:
+        _write(directory / "client_error.txt", novel.errors[0].trace)
+    save_final(directory / FINAL, strategy.state.tensors(), Memories(store))
+    memories = FinalMemories(directory / FINAL) if job.experiment.engine.memory_mb else dict(Memories(store))
+    _save_rows(directory / "clients.parquet", record.rows)
+    wall = time.perf_counter() - start
+    facts = _facts(job.experiment, job.method.name, job.federation, strategy, len(record.rounds), memories, wall)
+    masks = strategy.diagnose(task, strategy.state, job.federation.participants, memories)
+    summary = summarise(facts, record.rounds, record.rows, novel, masks)
+    config = (directory / "config.toml").read_text(encoding="utf-8")
+    _write(directory / "report.html", page(summary, record.rounds, config, str(directory)))
+    _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
+    for name in ("checkpoint", CLIENTS):
+        shutil.rmtree(directory / name, ignore_errors=True)
+    (directory / _ROWS).unlink(missing_ok=True)
     return Run(directory, summary, record.rounds, record.rows, strategy.state, memories)
 
 
 class _Recorder:
-    """Takes the report of each round: a line of ``rounds.jsonl``, rows for ``clients.parquet``, the user's callback."""
+    """Takes the report of each round: a line of ``rounds.jsonl``, the clients' rows, the user's callback."""
 
     def __init__(self, directory: Path, federation: Federation, on_round: OnRound | None) -> None:
         self.rounds: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self._directory = directory
-        self._path = directory / "rounds.jsonl"
         self._federation = federation
         self._on_round = on_round
 
+    def read(self) -> None:
+        """Take up what the files have, of a run that goes on."""
+        self.rounds, self.rows = (_lines(self._directory / name) for name in _HISTORY)
+
     def __call__(self, report: dict[str, Any]) -> None:
-        self.rows.extend(_plain_row(row, self._federation) for row in report.pop("rows"))
+        rows = [_plain_row(row, self._federation) for row in report.pop("rows")]
+        self.rows.extend(rows)
         self.rounds.append(report)
         for text in report.pop("traces"):
             _write(self._directory / "client_error.txt", text)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(report) + "\n")
+        for name, lines in zip(_HISTORY, ([report], rows), strict=True):
+            with (self._directory / name).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
         if self._on_round:
             self._on_round(report)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -296,6 +389,10 @@ def _errors_to(directory: Path) -> Iterator[None]:
     """A failing client's own traceback goes to ``client_error.txt``; a disk that fails is one clear line."""
     try:
         yield
+    except KeyboardInterrupt:
+        if any((directory / "checkpoint").glob("[0-9]*")):
+            _log.info("fedsparse resume %s goes on from the last checkpoint", directory)
+        raise
     except ClientError as error:
         if error.trace:
             _write(directory / "client_error.txt", error.trace)
@@ -365,16 +462,6 @@ def _save_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     part = path.with_name(path.name + ".part")
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), part)
-    part.replace(path)
-
-
-def _save_tensors(path: Path, state: State, memories: Mapping[int, Mapping[str, Tensor]]) -> None:
-    from safetensors.torch import save_file
-
-    named = {f"state/{name}": t for name, t in state.tensors().items()}
-    named |= {f"client/{i}/{name}": t for i, memory in memories.items() for name, t in memory.items()}
-    part = path.with_name(path.name + ".part")
-    save_file({name: t.contiguous().clone() for name, t in named.items()}, part)
     part.replace(path)
 
 

@@ -210,6 +210,7 @@ class FederatedStrategy(Strategy):
         devices: Sequence[Device] = (),
         plan: Plan | None = None,
         state: State | None = None,
+        done: int = 0,
         on_round: OnRound | None = None,
     ) -> Result:
         """Run ``num_rounds`` rounds over ``grid``; the same arguments as Flower's, and what a simulation needs.
@@ -217,13 +218,13 @@ class FederatedStrategy(Strategy):
         initial_arrays: replaces the initial global model (a record with one flat array). train_config and
         evaluate_config are ignored: what clients need rides with each packet. devices: with their
         budgets; those without one are unlimited. state: what this strategy's ``first_state`` gave for the same task,
-        devices, plan and rounds, without initial_arrays; None = it is called here. on_round: gets a report after each
-        round, and the rows of the clients under ``"rows"``. Raises UserError or ClientError when a client fails or
-        exceeds its budget.
+        devices, plan and rounds, without initial_arrays; None = it is called here. done: rounds that led to the state,
+        of a run that goes on. on_round: gets a report after each round, and the rows of the clients under ``"rows"``.
+        Raises UserError or ClientError when a client fails or exceeds its budget.
         """
         result = Result()
         reports = self.rounds(
-            grid, num_rounds, timeout, initial_arrays, task=task, devices=devices, plan=plan, state=state
+            grid, num_rounds, timeout, initial_arrays, task=task, devices=devices, plan=plan, state=state, done=done
         )
         for report in reports:
             server_round = report["round"]
@@ -250,6 +251,7 @@ class FederatedStrategy(Strategy):
         devices: Sequence[Device] = (),
         plan: Plan | None = None,
         state: State | None = None,
+        done: int = 0,
     ) -> Iterator[dict[str, Any]]:
         """The loop of ``start`` as a generator: one report a round, so that the caller decides when to go on.
 
@@ -258,7 +260,7 @@ class FederatedStrategy(Strategy):
         self._session = self._open(grid, timeout, task, devices, plan or Plan(), num_rounds, initial_arrays, state)
         while self.state.stage in self.preparation:
             yield self._round(0, grid, timeout)
-        for server_round in range(1, num_rounds + 1):
+        for server_round in range(done + 1, num_rounds + 1):
             yield self._round(server_round, grid, timeout)
 
     @property

@@ -22,6 +22,8 @@ from fedsparse.report import tables, units
 from fedsparse.report.progress import LiveProgress
 
 START = [sys.executable, "-c", "from fedsparse.cli import main; main()"]
+HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # jobs in the background do not
+HEEDING = [*START[:-1], f"{HEED}; {START[-1]}"]
 QUICK = ["--method", "fedavg", "--rounds", "2", "--set", "partition.clients=4"]
 Cli = Callable[..., tuple[int, str, str]]
 
@@ -192,9 +194,9 @@ def test_compare_names_a_file_that_it_cannot_write_and_list_a_kind_that_it_has_n
 @pytest.mark.parametrize("workers", [1, 2])
 def test_ctrl_c_ends_with_one_line_and_no_result(workers: int, tmp_path: Path) -> None:
     args = ["run", *QUICK, "--rounds", "100000", "--workers", str(workers), "--quiet", "--out", "a"]
-    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # jobs in the background do not
-    start = [*START[:-1], f"{heeding}; {START[-1]}"]
-    running = subprocess.Popen([*start, *args], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    running = subprocess.Popen(
+        [*HEEDING, *args], cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     try:
         deadline = time.monotonic() + 30
         while not (tmp_path / "a" / "rounds.jsonl").exists() and time.monotonic() < deadline:
@@ -404,3 +406,21 @@ def test_a_failure_in_onboarding_is_named(cli: Cli, tmp_path: Path) -> None:
     assert (code, out) == (0, "")
     assert err.startswith("warning: 1 failures of clients were skipped, the first: client ") and "alone" in err
     assert "RuntimeError: alone" in (tmp_path / "b" / "client_error.txt").read_text()
+
+
+def test_an_interrupted_run_is_resumed(cli: Cli, tmp_path: Path) -> None:
+    """As a user does it: Ctrl-C, the line that tells how to go on, and the same digest in the end."""
+    settings = ["--set", "rounds=40", "--set", "partition.clients=3", "--set", "engine.checkpoint_every=1"]
+    command = [*HEEDING, "run", "--method", "fedavg", *settings, "--out", str(tmp_path / "cut")]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while child.poll() is None and not (tmp_path / "cut" / "checkpoint" / "000002").exists():
+        time.sleep(0.01)
+    child.send_signal(signal.SIGINT)
+    said = child.communicate()[1]
+    assert child.returncode == 130 and "goes on from the last checkpoint" in said
+    assert cli("run", "--method", "fedavg", *settings, "--out", str(tmp_path / "whole"), "--quiet")[0] == 0
+    code, out, _ = cli("resume", str(tmp_path / "cut"), "--json")
+    assert code == 0
+    assert json.loads(out)["digest"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["digest"]
+    code, _, err = cli("resume", str(tmp_path / "cut"))
+    assert code == 2 and "is complete" in err

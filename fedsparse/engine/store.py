@@ -126,9 +126,9 @@ class MemoryStore(Mapping[int, RecordDict]):
             self._write(client)
         folders = {self.folder / name for name in self._unsynced}
         for path in folders:
-            _sync(path)
+            sync(path)
         for folder in {path.parent for path in folders} | ({self.folder} if folders else set()):
-            _sync(folder)
+            sync(folder)
         self._unsynced.clear()
         return {client: self._files[client] for client in self}
 
@@ -165,7 +165,8 @@ def _version_of(file: str) -> int:
     return int(file.rsplit("/", 1)[-1].split(".")[1])
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -236,8 +237,8 @@ def _unplain(value: Any) -> Any:
     return [_unplain(v) for v in value] if isinstance(value, list) else value
 
 
-def read_memory(folder: Path, kept: Kept) -> RecordDict:
-    """The records in a file. Raises UserError for one that is missing, of another length or damaged."""
+def check_file(folder: Path, kept: Kept) -> bytes:
+    """The bytes of a memory's file. Raises UserError for one that is missing, of another length or damaged."""
     path = folder / kept.file
     try:
         data = path.read_bytes()
@@ -245,7 +246,12 @@ def read_memory(folder: Path, kept: Kept) -> RecordDict:
         raise UserError(f"client memory {str(path)!r} cannot be read: {error.strerror or error}") from error
     if len(data) != kept.size or zlib.crc32(data) != kept.crc:
         raise UserError(f"client memory {str(path)!r} is damaged: {len(data)} bytes, {kept.size} were written")
-    return _records(data)
+    return data
+
+
+def read_memory(folder: Path, kept: Kept) -> RecordDict:
+    """The records in a file; refuses the same as :func:`check_file`."""
+    return _records(check_file(folder, kept))
 
 
 def _records(data: bytes) -> RecordDict:

@@ -1,0 +1,272 @@
+"""Checkpoints and resuming: the same digest and history whatever interrupts a run, and what is damaged is noticed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fedsparse.checkpoint import packed, unpacked
+from fedsparse.errors import UserError
+from fedsparse.experiment import Experiment, from_dict
+from fedsparse.final import FINAL
+from fedsparse.method import method_names
+from fedsparse.runner import Run, resume, run
+
+CHANGING = ["method.delta_r=1", "method.r_stop=3"]
+SETTINGS: dict[str, list[str]] = {
+    "pfedgate": ["method.download=changed", "budget.tiers=[1, 0.5]"],
+    "fedtiny": [
+        "method.density=0",
+        "method.nested=true",
+        "method.delta_r=1",
+        "method.r_stop=3",
+        "budget.tiers=[0.6, 0.3]",
+    ],
+    "feddst": CHANGING,
+    "prunefl": [*CHANGING, "method.initial_steps=20", "method.initial_every=5"],
+    "snip": ["partition.holdout=3"],
+}
+
+
+class InterruptedRunError(Exception):
+    """What interrupts a run in these tests."""
+
+
+def experiment(method: str, *more: str) -> Experiment:
+    base = ["dataset=digits", "partition.max_clients=4", "rounds=4", "fraction=0.75", "engine.checkpoint_every=1"]
+    sparse = [] if method in ("pfedgate",) else ["method.batch_size=16"]
+    return from_dict({}, [f"method={method}", *base, *sparse, *SETTINGS.get(method, []), *more])
+
+
+def stop_after(reports: int) -> Callable[[dict[str, Any]], None]:
+    """Raises once so many reports have come: the last one has no checkpoint yet."""
+    seen: list[int] = []
+
+    def on_round(_: dict[str, Any]) -> None:
+        seen.append(1)
+        if len(seen) == reports:
+            raise InterruptedRunError
+
+    return on_round
+
+
+def interrupted(method: str, folder: Path, reports: int, *more: str) -> None:
+    with pytest.raises(InterruptedRunError):
+        run(experiment(method, *more), out=folder, on_round=stop_after(reports))
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+
+
+def same_run(a: Run, b: Run) -> None:
+    assert a.summary["digest"] == b.summary["digest"]
+    assert without_times(a.rounds) == without_times(b.rounds)
+    assert without_times(a.clients) == without_times(b.clients)
+    for key in ("accuracy", "bytes", "flops", "density", "masks", "failures", "rounds"):
+        assert a.summary[key] == b.summary[key], key
+    tables = [without_times(pq.read_table(r.directory / "clients.parquet").to_pylist()) for r in (a, b)]
+    assert tables[0] == tables[1]
+    finals = [load_file(r.directory / FINAL) for r in (a, b)]
+    assert finals[0].keys() == finals[1].keys()
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_every_method_goes_on_to_the_same_digest(method: str, tmp_path: Path) -> None:
+    whole = run(experiment(method), out=tmp_path / "whole")
+    interrupted(method, tmp_path / "cut", len(whole.rounds) - 1)
+    same_run(whole, resume(tmp_path / "cut", workers=2))
+    assert {p.name for p in (tmp_path / "cut").iterdir()} == {p.name for p in (tmp_path / "whole").iterdir()}
+
+
+@pytest.mark.parametrize("reports", [2, 3])
+def test_it_goes_on_within_the_preparation(reports: int, tmp_path: Path) -> None:
+    more = ("method.pool=3", "model=resnet18", "width=0.05")
+    whole = run(experiment("fedtiny", *more), out=tmp_path / "whole")
+    assert [line["stage"] for line in whole.rounds[:3]] == ["calibrate", "probe", "train"]
+    interrupted("fedtiny", tmp_path / "cut", reports, *more)
+    same_run(whole, resume(tmp_path / "cut"))
+
+
+def test_it_goes_on_again_and_again_with_little_memory(tmp_path: Path) -> None:
+    whole = run(experiment("pfedgate", "rounds=6"), out=tmp_path / "whole")
+    interrupted("pfedgate", tmp_path / "cut", 2, "rounds=6", "engine.memory_mb=1")
+    for _ in range(3):
+        with pytest.raises(InterruptedRunError):
+            resume(tmp_path / "cut", on_round=stop_after(2))
+    same_run(whole, resume(tmp_path / "cut"))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_kill_minus_nine(workers: int, tmp_path: Path) -> None:
+    """The driver dies in the middle of a round, and of writing: nothing is left to clean up, no worker lives on."""
+    whole = run(experiment("pfedgate", "rounds=12"), out=tmp_path / "whole")
+    folder = tmp_path / "cut"
+    code = (
+        "import sys; from fedsparse.experiment import load_experiment; from fedsparse.runner import run\n"
+        f"made = load_experiment({str(whole.directory / 'config.toml')!r}, ['engine.workers={workers}'])\n"
+        f"run(made, out={str(folder)!r})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while child.poll() is None and not (folder / "checkpoint" / "000003").exists():
+        pass
+    assert child.poll() is None, "it ended before it could be killed"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    same_run(whole, resume(folder, workers=workers))
+    for _ in range(100):
+        if not alive(child.pid):
+            break
+        os.sched_yield()
+    assert not alive(child.pid)
+
+
+def alive(session: int) -> bool:
+    """Whether any process of the session lives."""
+    out = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True, check=False).stdout
+    return any(line.strip() and not line.startswith("Z") for line in out.splitlines())
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def of_last(folder: Path, name: str) -> Path:
+    return max((folder / "checkpoint").iterdir()) / name
+
+
+def newest_memory(folder: Path) -> Path:
+    return max((folder / "clients").glob("*/*"), key=lambda p: int(p.name.split(".")[1]))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "state": (lambda f: flip(of_last(f, "state.safetensors")), "state.safetensors is damaged"),
+    "no state": (lambda f: of_last(f, "state.safetensors").unlink(), "state.safetensors cannot be read"),
+    "manifest": (lambda f: flip(of_last(f, "manifest.json")), "manifest.json is damaged"),
+    "empty": (lambda f: of_last(f, "manifest.json").write_text(""), "manifest.json is damaged"),
+    "memory": (lambda f: flip(newest_memory(f)), "is damaged"),
+    "no memory": (lambda f: newest_memory(f).unlink(), "cannot be read"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_newest_checkpoint_falls_back(what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run(experiment("pfedgate", "fraction=1"), out=tmp_path / "whole")
+    interrupted("pfedgate", tmp_path / "cut", 4, "fraction=1")
+    damage, reason = DAMAGE[what]
+    damage(tmp_path / "cut")
+    with caplog.at_level(logging.WARNING, logger="fedsparse"):
+        same_run(whole, resume(tmp_path / "cut"))
+    assert "checkpoint 000003 is not usable: " in caplog.text and reason in caplog.text
+
+
+def test_nothing_whole_is_refused_and_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    interrupted("fedavg", folder, 4)
+    for path in (folder / "checkpoint").iterdir():
+        flip(path / "manifest.json")
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="has no checkpoint to go on from; start the run anew"):
+        resume(folder)
+    assert before == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_shortened_history_falls_back_to_what_it_covers(tmp_path: Path) -> None:
+    whole = run(experiment("fedavg"), out=tmp_path / "whole")
+    interrupted("fedavg", tmp_path / "cut", 4)
+    path = tmp_path / "cut" / "rounds.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    same_run(whole, resume(tmp_path / "cut"))
+
+
+def test_two_checkpoints_are_kept_and_no_other_memories(tmp_path: Path) -> None:
+    folder = tmp_path / "cut"
+    interrupted("pfedgate", folder, 4)
+    assert sorted(p.name for p in (folder / "checkpoint").iterdir()) == ["000002", "000003"]
+    named = set()
+    for path in (folder / "checkpoint").iterdir():
+        named |= {m[1] for m in json.loads(json.loads((path / "manifest.json").read_text())["content"])["memories"]}
+    assert {str(p.relative_to(folder / "clients")) for p in (folder / "clients").glob("*/*")} == named
+
+
+def test_what_is_no_interrupted_run_is_refused(tmp_path: Path) -> None:
+    done = run(experiment("fedavg", "rounds=1"), out=tmp_path / "done")
+    with pytest.raises(UserError, match="is complete"):
+        resume(done.directory)
+    with pytest.raises(UserError, match="is no run folder"):
+        resume(tmp_path)
+    interrupted("fedavg", tmp_path / "never", 2, "engine.checkpoint_every=0")
+    assert not (tmp_path / "never" / "checkpoint").exists()
+    with pytest.raises(UserError, match="has no checkpoint to go on from"):
+        resume(tmp_path / "never")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_full_disk_stops_with_a_clear_line_and_loses_nothing(tmp_path: Path) -> None:
+    whole = run(experiment("pfedgate", "rounds=8"), out=tmp_path / "whole")
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", small], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(UserError, match="cannot be written: No space left on device"):
+            run(experiment("pfedgate", "rounds=8"), out=small / "run")
+        assert not (small / "run" / "summary.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=64m", small], check=True)
+        same_run(whole, resume(small / "run"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+# --- states as trees -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inner:
+    at: torch.Tensor
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: Inner
+    by_id: dict[int, torch.Tensor]
+    parts: tuple[Inner, ...]
+    number: float
+    nothing: None = None
+
+
+def test_states_come_back_as_they_were() -> None:
+    inner = Inner(torch.arange(3), ("a", "b"))
+    value = Outer(inner, {5: torch.ones(2), -1: torch.tensor(True)}, (inner, inner), 0.1)
+    tree, tensors = packed(value)
+    back = unpacked(json.loads(json.dumps(tree)), tensors)
+    assert isinstance(back, Outer) and isinstance(back.parts[1], Inner)
+    assert list(back.by_id) == [5, -1] and torch.equal(back.by_id[5], torch.ones(2))
+    assert back.number == 0.1 and back.inner.names == ("a", "b") and back.nothing is None
+
+
+def test_what_a_checkpoint_cannot_keep_is_named() -> None:
+    with pytest.raises(UserError, match=r"a checkpoint cannot keep state\.by_id\[3\], a set"):
+        packed(Outer(Inner(torch.ones(1), ()), {3: {1}}, (), 1.0))  # type: ignore[dict-item]
+    with pytest.raises(UserError, match=r"needs the dataclass os:system, which this version does not have"):
+        unpacked({"class": "os:system", "fields": {}}, {})
