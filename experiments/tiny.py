@@ -87,11 +87,17 @@ def tune(methods: Iterable[str], densities: Iterable[float]) -> None:
 
 def trial_of(settings: Sequence[str]) -> float:
     try:
-        return float(one_run(NAME, settings)[0]["accuracy"]["global"]["mean"])
+        return deployed_accuracy(one_run(NAME, settings)[0])
     except fedsparse.ClientError as error:
         if "not finite" not in str(error) and "training loss is" not in str(error):
             raise
         return 0.0  # a rate so large that the loss is not finite
+
+
+def deployed_accuracy(found: Entry) -> float:
+    """On all test examples: of the one model, or of the clients' own where there is no such."""
+    scores = found["accuracy"]
+    return float(scores["personal"]["weighted"] if scores["global"]["mean"] is None else scores["global"]["mean"])
 
 
 def final(methods: Iterable[str], densities: Iterable[float], seeds: Iterable[int], extra: Sequence[str]) -> None:
@@ -111,7 +117,7 @@ def table() -> None:
     for name, entries in lines(found):
         first = entries[0]
         total = sum(first["bytes"][key] for key in ("up_total", "down_total"))
-        scores = spread([{"global": e["accuracy"]["global"]["mean"]} for e in entries], "global")
+        scores = spread([{"deployed": deployed_accuracy(e)} for e in entries], "deployed")
         print_row(
             [
                 name,

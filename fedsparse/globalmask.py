@@ -47,6 +47,7 @@ from fedsparse.task import Client, Device, Params, Score, Task
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
 _OWN = "own/"  # before the names of what stays with a client, in its memory
 _VERSION = "version"
+PART = "part"  # scalar of a packet that may hold a part of the global model
 _LOCAL = "local"  # kind of a packet that holds the client's own model
 
 
@@ -194,7 +195,10 @@ class GlobalMaskStrategy(FederatedStrategy):
             return self.begin(task, devices)
         budgets = [d.budget.density for d in devices if d.budget.density is not None]
         if not budgets:
-            raise UserError("density = 0 takes the devices' density budgets, and no device has one: set budget.tiers")
+            raise UserError(
+                "density = 0 takes the devices' density budgets, and no device has one: set budget.tiers, shares of the"
+                " parameters"
+            )
         return replace(self, density=self.within(budgets), density_kind="true").begin(task, devices)
 
     def within(self, budgets: Sequence[float]) -> float:
@@ -358,7 +362,8 @@ def receive(task: Task, packet: Packet, memory: Memory) -> Received:
     Raises UserError if it builds on a version of the mask that the client does not hold, or on tensors of its own.
     """
     own = {name: t for name, t in memory.items() if name.startswith(_OWN)}
-    there = {**packet.tensors, **{name.removeprefix(_OWN): t for name, t in own.items()}}
+    # what the server sends counts: it sends norms only to a client of whose own it knows nothing
+    there = {**{name.removeprefix(_OWN): t for name, t in own.items()}, **packet.tensors}
     if missing := [name for name in task.shapes if name not in there]:
         raise UserError(f"the packet has no {missing[0]!r}, and this client holds none of its own")
     params = {name: there[name] for name in task.shapes}
@@ -433,7 +438,8 @@ class MaskedClient(SgdClient):
         score = score_masked(task, got.params, got.mask, client.held_out)
         epochs = 0 if packet.kind == _LOCAL else self.ft_epochs
         personal = self._tuned(task, client, got, epochs) if epochs else score
-        return {"personal": personal} if self.local_norms else {"personal": personal, "global": score}
+        partly = self.local_norms or bool(packet.scalars.get(PART))  # it is not the global model
+        return {"personal": personal} if partly else {"personal": personal, "global": score}
 
     def onboard(
         self, task: Task, client: Client, packet: Packet, memory: Memory, rng: torch.Generator, epochs: tuple[int, ...]
@@ -463,6 +469,9 @@ class MaskedClient(SgdClient):
         """The reply after training, with a method's own tensors, and the new memory: norms in either, not in both."""
         if self.local_norms:
             own = norm_names(task)
+            for name in own:  # the server, which refuses such values, never sees them
+                if not bool(torch.isfinite(params[name]).all()):
+                    raise UserError(f"after training {name!r} is not finite (NaN or infinite); lower the learning rate")
             memory = {**memory, **{_OWN + name: params[name] for name in own}}
             params = {name: t for name, t in params.items() if name not in own}
         return Packet("update", {**params, **extra}, facts), memory

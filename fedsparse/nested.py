@@ -52,13 +52,14 @@ class Level:
 Levels = tuple[Level, ...]
 
 
-def first_levels(task: Task, devices: Sequence[Device], counts: Mapping[str, int], config: Mapping[str, Any]) -> Levels:
-    """A level, still empty, for each density budget below the density of a model with ``counts``; largest first.
+def first_levels(task: Task, devices: Sequence[Device], kept: int, config: Mapping[str, Any]) -> Levels:
+    """A level, still empty, for each density budget below the density of a model with so many ``kept`` weights of those
+    that may be pruned; the largest first. Devices without such a budget hold the whole model.
 
     Raises UserError for a budget below what the layers that stay dense need.
     """
     model = prunable(task)
-    density = (model.dense + sum(counts.values())) / model.total
+    density = (model.dense + kept) / model.total
     budgets = {d.budget.density for d in devices if d.budget.density is not None}
     below = sorted((b for b in budgets if b < density), reverse=True)
     for budget in below:
@@ -127,7 +128,7 @@ def averaged_parts(
     A weight is the mean over those that hold it and keeps its bits where nobody does; statistics are means over the
     devices of a level; all else is the mean over all.
     """
-    own = set(itertools.chain(*statistic_names(task))) - set(state.shared.local)
+    own = [name for name in itertools.chain(*statistic_names(task)) if name not in state.shared.local]
     values, kept = unfolded(task, state.params, state.shared.mask)
     everything = {name: torch.arange(len(at)) for name, at in kept.items()}
     holders = HolderMean({name: len(at) for name, at in kept.items()})

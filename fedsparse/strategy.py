@@ -154,6 +154,10 @@ class FederatedStrategy(Strategy):
     def broadcast(self, state: State, device: Device) -> Packet:
         """What a device gets. Packets of the same tensors are encoded once."""
 
+    def deployed(self, state: State, device: Device) -> Packet:
+        """What a device gets to be evaluated, or a novel one to be onboarded: by default the same."""
+        return self.broadcast(state, device)
+
     @abstractmethod
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         """The next state, from replies in device order. Keeps no view of a reply's tensors."""
@@ -370,7 +374,7 @@ class FederatedStrategy(Strategy):
         if not s.plan.evaluates(server_round, s.rounds):
             return
         ids = sample_cohort(s.participants, s.plan.evaluate_fraction, s.plan.seed, -server_round)
-        packets = ((s.devices[i], replace(self.broadcast(s.state, s.devices[i]), kind="evaluate")) for i in ids)
+        packets = ((s.devices[i], replace(self.deployed(s.state, s.devices[i]), kind="evaluate")) for i in ids)
         for device, records, size in _encoded(packets, self._words(server_round), grid):
             s.evaluation_bytes += size
             yield _message(records, s.nodes[device.id], MessageType.EVALUATE, server_round)
@@ -397,7 +401,7 @@ class FederatedStrategy(Strategy):
         s, start = self._session, time.perf_counter()
         s.failures, s.evaluation_bytes, s.errors = 0, 0, []
         novel = {i: s.devices[i] for i in sorted(s.plan.novel)}
-        packets = ((d, replace(self.broadcast(s.state, d), kind=ONBOARD)) for d in novel.values())
+        packets = ((d, replace(self.deployed(s.state, d), kind=ONBOARD)) for d in novel.values())
         messages, found = [], {}
         for device, records, size in _encoded(packets, self._words(s.rounds), grid):
             s.evaluation_bytes += size

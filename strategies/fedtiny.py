@@ -12,7 +12,7 @@ pruned; gradients are averaged with the devices' shares of the data; first convo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from fedsparse.changing import ChangingMask, ChangingState
 from fedsparse.client import check_not_negative, check_positive
 from fedsparse.cost import train_flops
 from fedsparse.errors import UserError, unknown
-from fedsparse.globalmask import SharedMask, kept_counts, masked_packet, prunable
+from fedsparse.globalmask import PART, SharedMask, masked_packet, prunable
 from fedsparse.models.norms import read_statistics, with_statistics
 from fedsparse.nested import Levels, asked_of, averaged_parts, chosen, first_levels, level_of, level_tensors
 from fedsparse.packet import Packet
@@ -36,7 +36,7 @@ from fedsparse.regrow import (
     gradient_form,
     named_counts,
 )
-from fedsparse.seeding import torch_rng
+from fedsparse.seeding import sample_cohort, torch_rng
 from fedsparse.sgd import batches, sgd
 from fedsparse.sparse.masks import Mask, compact
 from fedsparse.sparse.pruning import (
@@ -47,7 +47,7 @@ from fedsparse.sparse.pruning import (
     exchange_share,
     layer_groups,
 )
-from fedsparse.strategy import Reply, State, misfit
+from fedsparse.strategy import Plan, Reply, State, misfit
 from fedsparse.task import Device, Params, Task
 from fedsparse.threads import one_thread
 
@@ -128,6 +128,8 @@ class FedTiny(ChangingMask):
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
         check_not_negative(nest_every=self.nest_every)
+        if self.nest_every and not self.nested:
+            raise UserError(f"nest_every is {self.nest_every}, which means something with nested = true alone")
 
     # --- before round 1 ----------------------------------------------------------------------------------------------
 
@@ -147,23 +149,42 @@ class FedTiny(ChangingMask):
             grow=torch.zeros(len(prunable(task).weights), dtype=torch.int32),
         )
         if self.nested:
-            kept = kept_counts(task, self.density, self.density_kind, self.layer_densities)
-            state = replace(state, levels=first_levels(task, devices, kept, self.client_config))
+            state = replace(state, levels=first_levels(task, devices, int(counts.sum(1).max()), self.client_config))
         if len(counts) == 1:
-            return self._chosen(task, state)
+            return state
         norms = read_statistics(task, params).numel() > 0
         return replace(state, stage="calibrate" if norms and self.selection == "adaptive" else "probe")
 
     def invited(self, state: State, cohort: Sequence[Device]) -> Sequence[Device]:
         """Candidates are selected by devices that hold the whole model."""
         assert isinstance(state, FedTinyState)
-        able = cohort if state.stage == "train" else [d for d in cohort if level_of(state.levels, d) is None]
-        if not able:
+        return cohort if state.stage == "train" else [d for d in cohort if level_of(state.levels, d) is None]
+
+    def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
+        """Parts need budgets, and somebody who trains the whole model and, with candidates, selects it."""
+        if not self.nested:
+            return
+        budgets = {d.id: d.budget.density for d in devices}
+        known = [b for b in budgets.values() if b is not None]
+        if not known:
+            raise UserError("nested = true needs density budgets: set budget.tiers, shares of the parameters")
+        density = self.density or self.within(known)
+        kind = self.density_kind if self.density else "true"
+        counts = candidate_counts(task, density, kind, self.layer_densities, self.pool)
+        parts = first_levels(task, devices, int(counts.sum(1).max()), self.client_config)
+        training = sorted(budgets.keys() - set(plan.novel))
+        whole = {d.id for d in devices if level_of(parts, d) is None}
+        if not whole.intersection(training):
+            largest = max(budgets[i] or 1.0 for i in training)
             raise UserError(
-                f"none of the {len(cohort)} clients that would select a candidate has the density budget of the whole"
-                " model; raise fraction or set pool = 1"
+                f"nested: no client that trains may hold the whole model of {kind} density {density:g}, their largest"
+                f" budget is {largest:g}; lower density"
             )
-        return able
+        if len(counts) > 1 and not whole.intersection(sample_cohort(training, plan.fraction, plan.seed, 0)):
+            raise UserError(
+                "nested: none of the clients that would select a candidate may hold the whole model; raise fraction or"
+                " set pool = 1"
+            )
 
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         assert isinstance(state, FedTinyState)
@@ -171,7 +192,8 @@ class FedTiny(ChangingMask):
         if state.stage == "probe" and self.selection == "adaptive":
             _log.info("the model has no batch norm: candidates are selected by their loss alone")
         nest = self.nest_every or max(1, round(rounds / 30))
-        return self._announced(task, replace(state, delta_r=delta, r_stop=stop, nest_every=nest))
+        ready = replace(state, delta_r=delta, r_stop=stop, nest_every=nest)
+        return self._announced(task, self._chosen(task, ready) if state.stage == "train" else ready)
 
     def _pretrained(self, task: Task) -> Params:
         """The dense model that the server starts from (phase 0)."""
@@ -203,14 +225,22 @@ class FedTiny(ChangingMask):
         assert isinstance(state, FedTinyState)
         if state.stage == "train":
             level = level_of(state.levels, device)
-            if level:
-                return masked_packet("train", level.params, level.shared, device, **level.asked)
             grow = {"grow": state.grow} if bool(state.grow.any()) else {}
-            return masked_packet("train", state.params, state.shared, device, **grow)
+            return self._model(state, device, level.asked if level else grow)
         extra = {"statistics": state.statistics} if state.statistics.numel() else {}
         if state.informed[device.id]:
             return Packet(state.stage, extra)
         return masked_packet(state.stage, state.params, state.shared, device, counts=state.counts, **extra)
+
+    def deployed(self, state: State, device: Device) -> Packet:
+        assert isinstance(state, FedTinyState)
+        return self._model(state, device, {})
+
+    def _model(self, state: FedTinyState, device: Device, asked: Mapping[str, Tensor]) -> Packet:
+        """The model, or the part of it that fits the device, and what is asked of it."""
+        held = level_of(state.levels, device) or state
+        packet = masked_packet("train", held.params, held.shared, device, **asked)
+        return replace(packet, scalars={**packet.scalars, PART: 1}) if state.levels else packet
 
     def complaint(self, task: Task, state: State, reply: Reply) -> str:
         assert isinstance(state, FedTinyState)

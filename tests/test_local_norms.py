@@ -106,7 +106,7 @@ def test_a_client_deploys_its_own_norms_tuned_or_not() -> None:
     trained = {**reply.tensors, **trained_norms(memory)}
     local = half.evaluate(task, client, half.local(first, reply), memory)
     assert local == {"personal": score_masked(task, trained, kept, client.held_out)}
-    packet = replace(first, kind="evaluate")  # the server's model, with norms of the start: the own ones count
+    packet = replace(masked_packet("evaluate", state.params, state.shared.held_by([0]), device))
     tuned = half.tuned(task, client, {**state.params, **trained_norms(memory)}, 1, 0.0, kept)
     assert half.evaluate(task, client, packet, memory)["personal"] == score_masked(task, tuned, kept, client.held_out)
 
@@ -125,3 +125,24 @@ def test_a_model_without_norms_and_a_lost_memory_are_refused() -> None:
     assert isinstance(later, Packet)
     with pytest.raises(UserError, match=r"the packet has no 'bn1\.weight', and this client holds none of its own"):
         receive(task, later, {})
+
+
+def test_a_client_whose_reply_was_refused_begins_again_with_what_it_gets() -> None:
+    """The server, which knows of no norms of its own, sends them again: they count."""
+    task, client, device = norm_task(), small_clients(1)[0], Device(0)
+    strategy, half = halves("fixed_mask", density=0.5, local_norms=True)
+    state: Any = strategy.init(task, [device])
+    packet = strategy.broadcast(state, device)
+    first, memory = half.train(task, client, packet, {}, torch_rng("any"))
+    again, same = half.train(task, client, packet, memory, torch_rng("any"))
+    assert all(torch.equal(first.tensors[n], again.tensors[n]) for n in first.tensors)
+    assert all(torch.equal(memory[n], same[n]) for n in memory)
+
+
+def test_norms_that_are_not_finite_are_reported() -> None:
+    task, client, device = norm_task(), small_clients(1)[0], Device(0)
+    strategy, half = halves("fixed_mask", density=0.5, local_norms=True, lr=1e-9)
+    client.train.x[0, 0, 0, 0] = 1e20
+    state: Any = strategy.init(task, [device])
+    with pytest.raises(UserError, match=r"after training 'bn1\.running_var' is not finite"):
+        half.train(task, client, strategy.broadcast(state, device), {}, torch_rng("any"))
