@@ -76,14 +76,15 @@ def run(
     model: Annotated[str, typer.Option(help="A model.")] = "",
     rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes partition, initial model and all randomness.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Worker processes.")] = None,
+    engine: Annotated[str, typer.Option(help="Where clients run: local or ray.")] = "",
+    workers: Annotated[int | None, typer.Option(help="Worker processes, or Ray actors.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; it must not exist.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Print tracebacks of errors, the clients' too.")] = False,
 ) -> None:
     """Train and write a run folder. Everything has a default."""
-    options = {"method": method, "client": client, "dataset": dataset, "model": model}
+    options = {"method": method, "client": client, "dataset": dataset, "model": model, "engine.kind": engine}
     numbers = {"rounds": rounds, "seed": seed, "engine.workers": workers}
     changes = [f"{key}={value}" for key, value in options.items() if value]
     changes += [f"{key}={value}" for key, value in numbers.items() if value is not None]

@@ -33,10 +33,12 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """Where the clients run. workers: processes; on_client_error: "stop", or "skip" down to ``min_replies`` a round.
+    """Where the clients run.
 
-    checkpoint_every: rounds between checkpoints, 0 = none. memory_mb: 10^6 bytes of client memories in RAM, the others
-    are on disk; 0 = all in RAM.
+    kind: "local" or "ray"; workers: processes, or Ray actors. on_client_error: "stop", or "skip" down to
+    ``min_replies`` a round. checkpoint_every: rounds between checkpoints, 0 = none. memory_mb: 10^6 bytes of client
+    memories in RAM, the others are on disk; 0 = all in RAM. Of "ray": address of a cluster, "" = a Ray of our own;
+    cpus_per_worker and gpus_per_worker: what an actor takes.
     """
 
     kind: str = "local"
@@ -45,14 +47,21 @@ class EngineConfig:
     min_replies: int = 1
     checkpoint_every: int = 10
     memory_mb: int = 0
+    address: str = ""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choice("engine.kind", self.kind, ("local",))
+        _check_choice("engine.kind", self.kind, ("local", "ray"))
         _check_least("engine.workers", self.workers, 1)
         _check_choice("engine.on_client_error", self.on_client_error, ("stop", "skip"))
         _check_least("engine.min_replies", self.min_replies, 1)
         _check_least("engine.checkpoint_every", self.checkpoint_every, 0)
         _check_least("engine.memory_mb", self.memory_mb, 0)
+        _check_least("engine.cpus_per_worker", self.cpus_per_worker, 0)
+        _check_least("engine.gpus_per_worker", self.gpus_per_worker, 0)
+        if self.kind == "local" and self.address:
+            raise UserError(f'engine.address is {self.address!r}, which needs engine.kind = "ray"')
 
 
 @dataclass(frozen=True)

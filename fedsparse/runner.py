@@ -11,15 +11,18 @@ import platform
 import shutil
 import subprocess
 import time
+import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedsparse.budget import Dense, assign, narrow_width
@@ -27,10 +30,11 @@ from fedsparse.checkpoint import CLIENTS, Checkpoint, Checkpoints, unpacked
 from fedsparse.client import client_app
 from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops
 from fedsparse.data import FederatedData, federate, load_dataset
+from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError, unknown
-from fedsparse.experiment import Experiment, load_experiment, toml_text
+from fedsparse.experiment import Experiment, from_dict, load_experiment, toml_text
 from fedsparse.final import FINAL, FinalMemories, Memories, save_final
 from fedsparse.method import Method, build, hyper_parameters, load_method
 from fedsparse.models import build_model
@@ -165,8 +169,7 @@ def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: fl
                 wall, reports = time.perf_counter() - start, len(record.rounds)
                 checkpoints.write(strategy.state, store, reports=reports, done=report["round"], wall=wall)
 
-        app, count = client_app(task, federation.clients.__getitem__), len(federation.clients)
-        with LocalGrid(app, count, workers=engine.workers, own_replies=False, store=store) as grid:
+        with _grid(job, directory, store) as grid:
             devices = [client.device for client in federation.clients]
             strategy.start(
                 grid,
@@ -180,6 +183,36 @@ def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: fl
             )
             novel = strategy.onboard(grid) if federation.novel else None
         return _finished(job, directory, record, store, novel, start)
+
+
+def _grid(job: _Job, directory: Path, store: MemoryStore) -> OwnGrid:
+    """The engine, ready to run."""
+    engine, clients = job.experiment.engine, job.federation.clients
+    if engine.kind == "local":
+        app = client_app(job.federation.task, clients.__getitem__)
+        return LocalGrid(app, len(clients), workers=engine.workers, own_replies=False, store=store)
+    from fedsparse.engine.ray import RayGrid
+
+    return RayGrid(
+        partial(_app_of, (directory / "config.toml").read_text(encoding="utf-8")),
+        len(clients),
+        workers=engine.workers,
+        own_replies=False,
+        store=store,
+        address=engine.address,
+        cpus=engine.cpus_per_worker,
+        gpus=engine.gpus_per_worker,
+        sizes={client.id: float(len(client.train)) for client in clients},
+    )
+
+
+def _app_of(config: str) -> ClientApp:
+    """The clients of a resolved experiment, in another process: everything is loaded there."""
+    experiment = from_dict(tomllib.loads(config))
+    strategy = build(load_method(experiment.method, experiment.client), experiment.hyper)
+    hyper = strategy.client_config
+    federation = federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper)
+    return client_app(federation.task, federation.clients.__getitem__)
 
 
 def _finished(

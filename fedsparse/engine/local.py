@@ -13,27 +13,21 @@ import os
 import signal
 import sys
 import time
-import traceback
-import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from typing import Any
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
-from fedsparse.engine.shared import Arena, Layout, chunks, copied, lay, pick
+from fedsparse.engine.grid import Answer, Job, OwnGrid, Picked, Runner, picked
+from fedsparse.engine.shared import Arena, Layout, chunks, lay, pick
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 
-_RUN_ID = 1
-_FAILED = 1000  # error code of a client that raised, in Flower's range for applications
 _CHUNKS_PER_WORKER = 4  # enough to even out unequal clients, few enough to cost nothing
 _CHUNK_BYTES = 16 << 20  # of what comes back; a list of jobs has no more, or one job
 _FIRST_CHUNK = 16  # jobs in a list before anything has come back
@@ -42,31 +36,8 @@ _SLOTS = _AHEAD + 1  # lists of a worker that may lie in shared memory: at hand,
 _SMALL = 1 << 15  # bytes; a larger list waits until its worker is idle, else both might block while sending
 
 
-class LocalContext(Context):
-    """A Flower context on this machine. lend: the reply may be lent as it is, not encoded."""
-
-    lend: bool = False
-
-
-class OrderedReplies:
-    """A stream of replies in partition order. Each reply is valid until the next one is asked for."""
-
-    ordered = True
-
-    def __init__(self, stream: Iterator[Message]) -> None:
-        self._stream = stream
-
-    def __iter__(self) -> Iterator[Message]:
-        return self._stream
-
-
-class LocalGrid(Grid):
-    """A Flower Grid over ``partitions`` clients in this process (``workers=1``) or on worker processes.
-
-    app: a ClientApp. own_replies: replies and downloads are the receiver's own (what a stock Flower app expects);
-    False lends packets and views of shared memory, valid until the next reply is asked for, and is faster.
-    store: of the clients' memories; None = all in RAM. Use it as a context manager, or call ``close``.
-    """
+class LocalGrid(OwnGrid):
+    """A grid in this process (``workers=1``) or on forked worker processes. app: a ClientApp; the rest: ``OwnGrid``."""
 
     def __init__(
         self,
@@ -77,146 +48,28 @@ class LocalGrid(Grid):
         own_replies: bool = True,
         store: MemoryStore | None = None,
     ) -> None:
-        if partitions < 1 or workers < 1:
-            raise UserError(f"a grid needs at least one client and one worker, got {partitions} and {workers}")
-        self.partitions = {i: i + 1 for i in range(partitions)}  # id -> node id
-        self.workers = min(workers, partitions)
-        self.busy_seconds = 0.0  # of the last exchange, over all workers
-        self.lends = not own_replies
-        self._own = own_replies
-        self._states = MemoryStore() if store is None else store
-        self._pending: dict[str, Message] = {}
-        torch.set_num_threads(1)  # one thread per client computation, whatever the number of workers
-        _identify(node=0)
+        super().__init__(partitions, workers, own_replies, store)
+        torch.set_num_threads(1)  # before the workers are forked
         self._pool: _Pool | None = _Pool(app, partitions, self.workers, own_replies) if self.workers > 1 else None
-        self._here = _Runner(app, partitions, self.lends)
-
-    # --- Flower's Grid -------------------------------------------------------------------------------------------
-
-    def set_run(self, run: Any) -> None:
-        """A local grid has one run."""
-
-    @property
-    def run(self) -> Any:
-        from flwr.supercore.run import Run
-
-        return Run.create_empty(_RUN_ID)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message from the server to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        """The node ids: partition number + 1."""
-        return list(self.partitions.values())
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Take messages; the work is done when their replies are pulled."""
-        ids = []
-        for message in messages:
-            ids.append(uuid.uuid4().hex)
-            message.metadata.__dict__["_message_id"] = ids[-1]  # as Flower's own grids do
-            self._pending[ids[-1]] = message
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies to pushed messages."""
-        wanted = [self._pending.pop(i) for i in message_ids if i in self._pending]
-        return list(self._exchange(wanted))
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Run the clients; replies in partition order. ``timeout`` is ignored: local clients always answer."""
-        replies = self._exchange(list(messages))
-        return list(replies) if self._own else OrderedReplies(replies)
-
-    # --- client states -------------------------------------------------------------------------------------------
-
-    def states(self) -> MemoryStore:
-        """Each client's Flower state (its memory), by partition number."""
-        return self._states
+        self._here = Runner(app, partitions, self.lends)
 
     def close(self) -> None:
-        """End the workers."""
         if self._pool is not None:
             self._pool.close()
             self._pool = None
 
-    def __enter__(self) -> LocalGrid:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _exchange(self, messages: list[Message]) -> Iterator[Message]:
-        self.busy_seconds = 0.0
-        jobs = sorted(((m.metadata.dst_node_id - 1, m) for m in messages), key=lambda job: job[0])
-        for i, _ in jobs:
-            if i not in self.partitions:
-                raise UserError(f"no client {i} on this grid of {len(self.partitions)}")
-        if self._pool is None or len(jobs) == 1:
-            yield from self._run_here(jobs)
-        else:
-            yield from self._run_there(jobs)
-
-    def _run_here(self, jobs: list[tuple[int, Message]]) -> Iterator[Message]:
+    def _answers(self, jobs: list[tuple[int, Message]]) -> Iterator[Picked]:
+        if self._pool is not None and len(jobs) > 1:
+            yield from self._pool.run(jobs, self._states)
+            self.busy_seconds = self._pool.busy_seconds
+            return
         for i, message in jobs:
-            start = time.perf_counter()
-            content = copied(message.content) if self._own else message.content
-            before = self._states.get(i, RecordDict())
-            state = copied(before) if self._own else RecordDict(dict(before))  # a stock app may write into its records
-            reply = self._here(i, message, content, state)
-            if self._own or _changed(before, state):
-                self._states.put(i, state)
-            self.busy_seconds += time.perf_counter() - start
-            yield reply
-
-    def _run_there(self, jobs: list[tuple[int, Message]]) -> Iterator[Message]:
-        assert self._pool is not None
-        for (i, message), (content, state, error) in zip(jobs, self._pool.run(jobs, self._states), strict=True):
-            if state is not None:
-                self._states.put(i, state)
-            if content is not None:
-                yield Message(content, reply_to=message)
-            else:
-                code, reason = error or (_FAILED, "")
-                yield Message(Error(code, reason), reply_to=message)
-        self.busy_seconds = self._pool.busy_seconds
-
-
-def _identify(node: int) -> None:
-    """Flower messages need to know whose they are (flwr's one private import here; a test guards it)."""
-    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = _RUN_ID, 0, node
-
-
-class _Runner:
-    """Calls the app for one client. Its errors become Flower error replies."""
-
-    def __init__(self, app: ClientApp, partitions: int, lend: bool) -> None:
-        self._app = app
-        self._partitions = partitions
-        self.lends = lend
-
-    def __call__(self, i: int, message: Message, content: RecordDict, state: RecordDict) -> Message:
-        config: dict[str, bool | float | int | str] = {"partition-id": i, "num-partitions": self._partitions}
-        context = LocalContext(_RUN_ID, i + 1, config, state, {})
-        context.lend = self.lends
-        asked = message
-        if content is not message.content:
-            asked = Message(content, i + 1, message.metadata.message_type, group_id=message.metadata.group_id)
-        try:
-            return self._app(asked, context)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            return Message(Error(_FAILED, reason), reply_to=message)
+            answer, seconds = self._here.here(i, message, self._states.get(i, RecordDict()))
+            self.busy_seconds += seconds
+            yield answer
 
 
 # --- worker processes ------------------------------------------------------------------------------------------------
-
-_Job = tuple[int, str, str, int, Layout | None]  # partition, message type, group, which content, state
-_Answer = tuple[Layout | None, Layout | None, tuple[int, str] | None]
-_Replies = Iterator[tuple[RecordDict | None, RecordDict | None, tuple[int, str] | None]]
 
 
 class _Slot:
@@ -251,7 +104,7 @@ class _Pool:
             inherited = [*self._pipes, ours]
             process = fork.Process(
                 target=_work,
-                args=(_Runner(app, partitions, not own), theirs, inherited, self._down, slots),
+                args=(Runner(app, partitions, not own), theirs, inherited, self._down, slots),
                 daemon=True,
             )
             process.start()
@@ -259,7 +112,7 @@ class _Pool:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, jobs: list[tuple[int, Message]], states: MemoryStore) -> _Replies:
+    def run(self, jobs: list[tuple[int, Message]], states: MemoryStore) -> Iterator[Picked]:
         """Answers in the order of ``jobs``, as a stream: content, new state, error."""
         self._jobs.clear()
         while any(self._load):  # of an exchange whose caller stopped reading: workers finish it first
@@ -274,18 +127,14 @@ class _Pool:
         most = _CHUNK_BYTES // self._largest if self._largest else _FIRST_CHUNK
         lists = chunks(work, max(_CHUNKS_PER_WORKER * len(self._pipes), -(-len(work) // max(1, most))))
         self._jobs = deque(enumerate(lists))
-        done: dict[int, tuple[_Slot, list[_Answer]]] = {}
+        done: dict[int, tuple[_Slot, list[Answer]]] = {}
         self._give_all()
         for number in range(len(lists)):
             while number not in done:
                 self._collect(done)
             slot, answers = done.pop(number)
-            for content, state, error in answers:
-                yield (
-                    None if content is None else pick(content, slot.up, copy=self._own),
-                    None if state is None else pick(state, slot.up, copy=True),
-                    error,
-                )
+            for answer in answers:
+                yield picked(answer, slot.up, self._own)
             slot.free = True
             self._give_all()
 
@@ -325,7 +174,7 @@ class _Pool:
         self._load[worker] += 1
         self._slots[worker][slot].free = False
 
-    def _laid(self, jobs: list[tuple[int, Message, int]], arena: Arena) -> list[_Job]:
+    def _laid(self, jobs: list[tuple[int, Message, int]], arena: Arena) -> list[Job]:
         """The jobs with their clients' memories in the arena."""
         arena.reset()
         sent = []
@@ -334,7 +183,7 @@ class _Pool:
             sent.append((i, message.metadata.message_type, message.metadata.group_id, content, state))
         return sent
 
-    def _collect(self, done: dict[int, tuple[_Slot, list[_Answer]]]) -> None:
+    def _collect(self, done: dict[int, tuple[_Slot, list[Answer]]]) -> None:
         """Wait for answers and keep workers busy."""
         for pipe in wait(self._pipes):
             worker = self._pipes.index(pipe)  # type: ignore[arg-type]
@@ -367,7 +216,7 @@ class _Pool:
             arena.close()
 
 
-def _work(runner: _Runner, pipe: Connection, inherited: list[Connection], down: Arena, slots: list[_Slot]) -> None:
+def _work(runner: Runner, pipe: Connection, inherited: list[Connection], down: Arena, slots: list[_Slot]) -> None:
     """A worker's life: lists of jobs in, lists of answers out, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
     for end in inherited:  # else a dead driver's pipes would stay open in its workers
@@ -381,26 +230,7 @@ def _work(runner: _Runner, pipe: Connection, inherited: list[Connection], down: 
             if layouts is not None:
                 contents = [pick(layout, down, copy=False) for layout in layouts]
             slots[slot].up.reset()
-            answers = [_answer(runner, job, contents, slots[slot]) for job in jobs]
+            answers = [runner.there(job, contents, slots[slot].down, slots[slot].up) for job in jobs]
             pipe.send((number, slot, time.perf_counter() - start, slots[slot].up.used, answers))
     except (EOFError, OSError, KeyboardInterrupt):
         os._exit(0)
-
-
-def _answer(runner: _Runner, job: _Job, contents: list[RecordDict], slot: _Slot) -> _Answer:
-    i, message_type, group, which, state_layout = job
-    state = RecordDict() if state_layout is None else pick(state_layout, slot.down, copy=True)
-    before = RecordDict(dict(state))
-    content = contents[which] if runner.lends else copied(contents[which])  # a stock app may write into its message
-    message = Message(content, i + 1, message_type, group_id=group)
-    reply = runner(i, message, content, state)
-    kept = not runner.lends or _changed(before, state)  # a stock app may write into its records
-    new_state = lay(state, slot.up) if kept else None
-    if reply.has_error():
-        return None, new_state, (reply.error.code, reply.error.reason or "")
-    return lay(reply.content, slot.up), new_state, None
-
-
-def _changed(before: RecordDict, after: RecordDict) -> bool:
-    """Whether other records are kept than before."""
-    return before.keys() != after.keys() or any(after[name] is not before[name] for name in before)

@@ -10,7 +10,7 @@ import itertools
 import mmap
 import os
 import tempfile
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -22,6 +22,41 @@ _ALIGN = 64  # bytes: a cache line, and the alignment of torch's own tensors
 _GROW = 1 << 20
 
 Layout = list[tuple[str, str, Any]]  # ("packet", run words, packet) or (record's name, its kind, its content) each
+
+
+class Space(Protocol):
+    """Where array data lie."""
+
+    def place(self, size: int) -> tuple[int, memoryview]:
+        """Take ``size`` bytes, aligned: where they are, and the writable bytes."""
+
+    def view(self, start: int, size: int) -> memoryview:
+        """Bytes that were placed there."""
+
+
+class Buffer:
+    """Bytes of this process, or received from another, to be read where they are."""
+
+    def __init__(self, data: memoryview | None = None) -> None:
+        self._data = memoryview(bytearray()) if data is None else data
+        self._end = 0
+
+    def place(self, size: int) -> tuple[int, memoryview]:
+        start = self._end
+        self._end = start + -(-size // _ALIGN) * _ALIGN
+        if self._end > len(self._data):
+            larger = bytearray(max(self._end, 2 * len(self._data)))
+            larger[:start] = self._data[:start]
+            self._data = memoryview(larger)
+        return start, self.view(start, size)
+
+    def view(self, start: int, size: int) -> memoryview:
+        return self._data[start : start + size]
+
+    @property
+    def data(self) -> memoryview:
+        """All that was placed."""
+        return self._data[: self._end]
 
 
 class Arena:
@@ -71,7 +106,7 @@ class Arena:
         os.close(self._fd)
 
 
-def lay(records: RecordDict, arena: Arena) -> Layout:
+def lay(records: RecordDict, arena: Space) -> Layout:
     """Records as a plain list, with their floats in the arena."""
     packet = getattr(records, "packet", None)
     if isinstance(packet, Packet):
@@ -79,7 +114,7 @@ def lay(records: RecordDict, arena: Arena) -> Layout:
     return [(name, *_lay_record(record, arena)) for name, record in records.items()]
 
 
-def _lay_packet(packet: Packet, arena: Arena) -> tuple[Any, ...]:
+def _lay_packet(packet: Packet, arena: Space) -> tuple[Any, ...]:
     shapes = shapes_of(packet.tensors)
     start, view = arena.place(sum(t.nbytes for t in packet.tensors.values() if t.dtype == torch.float32))
     put_floats(packet, view)
@@ -87,19 +122,19 @@ def _lay_packet(packet: Packet, arena: Arena) -> tuple[Any, ...]:
     return packet.kind, shapes, start, len(view), others, dict(packet.scalars)
 
 
-def _lay_record(record: Any, arena: Arena) -> tuple[str, Any]:
+def _lay_record(record: Any, arena: Space) -> tuple[str, Any]:
     if isinstance(record, ArrayRecord):
         return "array", [(key, a.dtype, a.shape, a.stype, _put(a, arena)) for key, a in record.items()]
     return ("config" if isinstance(record, ConfigRecord) else "metric"), dict(record)
 
 
-def _put(array: Array, arena: Arena) -> tuple[int, int]:
+def _put(array: Array, arena: Space) -> tuple[int, int]:
     start, view = arena.place(len(array.data))
     view[:] = array.data
     return start, len(view)
 
 
-def pick(layout: Layout, arena: Arena, *, copy: bool) -> RecordDict:
+def pick(layout: Layout, arena: Space, *, copy: bool) -> RecordDict:
     """The records again; with ``copy`` their data are ``bytes`` of their own, else views of the arena."""
     if layout and layout[0][0] == "packet":
         _, words, (kind, shapes, start, size, others, scalars) = layout[0]
@@ -109,7 +144,7 @@ def pick(layout: Layout, arena: Arena, *, copy: bool) -> RecordDict:
     return RecordDict({name: _record(kind, value, arena, copy) for name, kind, value in layout})
 
 
-def _record(kind: str, value: Any, arena: Arena, copy: bool) -> ArrayRecord | ConfigRecord | MetricRecord:
+def _record(kind: str, value: Any, arena: Space, copy: bool) -> ArrayRecord | ConfigRecord | MetricRecord:
     if kind == "config":
         return ConfigRecord(value)
     if kind == "metric":

@@ -1,0 +1,278 @@
+"""The Ray engine: the same grid over long-lived Ray actors, on this machine or on a cluster.
+
+A worker gets a list of jobs and gives a list of answers, in one call; each distinct download is put into the object
+store once. The driver owns all client memories: a worker or a node that is lost loses nothing, its lists go to others.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from flwr.app import Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedsparse.engine.grid import Answer, Job, OwnGrid, Picked, Runner, identify, picked
+from fedsparse.engine.shared import Buffer, Layout, lay, pick
+from fedsparse.engine.store import MemoryStore
+from fedsparse.errors import ClientError, UserError
+from fedsparse.sources import source_digest
+
+_LISTS_PER_WORKER = 4  # in a window; enough to even out unequal clients
+_WINDOW_JOBS = 64  # jobs a worker of a window, at most
+_WINDOW_BYTES = 256 << 20  # of answers in a window
+_AHEAD = 2  # lists a worker has at hand
+_TRIES = 3  # of a list whose workers die
+_START_SECONDS, _REACH_SECONDS = 120.0, 5.0
+_PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", "OMP_NUM_THREADS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
+
+
+@dataclass
+class _List:
+    """Jobs that one worker does in one call."""
+
+    jobs: list[tuple[int, Message]]
+    tries: int = 0
+
+
+@dataclass
+class _Hand:
+    """A worker: its actor, the lists that it has, and whether it has said that it is there."""
+
+    actor: Any
+    starting: Any
+    at: dict[Any, _List] = field(default_factory=dict)
+
+
+class RayGrid(OwnGrid):
+    """A grid over Ray actors.
+
+    make: gives the ClientApp in a worker; it is pickled, so it should build data there, once a worker, rather than hold
+    them. address: of a cluster to join ("auto" = one that runs here); "" = a Ray of our own, unless one is running.
+    cpus, gpus: that a worker takes. sizes: work of a client, by partition; the largest go first. The rest: ``OwnGrid``.
+    Raises UserError if Ray is not installed, the cluster is not there, or no worker starts.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], ClientApp],
+        partitions: int,
+        *,
+        workers: int = 2,
+        own_replies: bool = True,
+        store: MemoryStore | None = None,
+        address: str = "",
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        sizes: Mapping[int, float] | None = None,
+    ) -> None:
+        super().__init__(partitions, workers, own_replies, store)
+        self._ray = _ray()
+        self._started = _connect(self._ray, address, self.workers, cpus, gpus)
+        self._sizes = dict(sizes or {})
+        self._largest = 0  # bytes of an answer, over those so far
+        self._lost = 0
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": _environment()}}
+        self._actor = self._ray.remote(_Worker).options(**options)
+        self._arguments = (make, partitions, self.lends, os.getcwd())  # noqa: PTH109 - a word to send
+        self._hands = [self._hire() for _ in range(self.workers)]
+        self._needs = f"{cpus:g} CPUs and {gpus:g} GPUs"
+
+    def close(self) -> None:
+        for hand in self._hands:
+            self._ray.kill(hand.actor)
+        self._hands = []
+        if self._started:
+            self._ray.shutdown()
+            self._started = False
+
+    def _hire(self) -> _Hand:
+        actor = self._actor.remote(*self._arguments)
+        return _Hand(actor, actor.ready.remote())
+
+    # --- an exchange -------------------------------------------------------------------------------------------------
+
+    def _answers(self, jobs: list[tuple[int, Message]]) -> Iterator[Picked]:
+        for hand in self._hands:  # of an exchange whose caller stopped reading: what still comes is not wanted
+            hand.at.clear()
+        self.busy_seconds = 0.0
+        contents = self._contents(jobs)
+        windows = self._windows(jobs)
+        waiting = deque(lists for window in windows[:1] for lists in window)
+        following = deque(windows[1:])
+        done: dict[int, tuple[Answer, Buffer]] = {}
+        left = [sum(len(lists.jobs) for lists in window) for window in windows]
+        for window, count in enumerate(left):
+            if following:  # a window is read while the next one is done
+                waiting.extend(following.popleft())
+            start = sum(left[:window])
+            for i, _ in jobs[start : start + count]:
+                while i not in done:
+                    self._step(waiting, contents, done)
+                answer, buffer = done.pop(i)
+                yield picked(answer, buffer, self._own)
+
+    def _contents(self, jobs: list[tuple[int, Message]]) -> dict[int, Any]:
+        """A reference to each distinct download, by the identity of its records, which the jobs keep alive."""
+        refs: dict[int, Any] = {}
+        for _, message in jobs:
+            if id(message.content) not in refs:
+                refs[id(message.content)] = self._ray.put(_laid(message.content))
+        return refs
+
+    def _windows(self, jobs: list[tuple[int, Message]]) -> list[list[_List]]:
+        """Runs of jobs whose answers may lie about at once, each in lists of about equal work, the largest first."""
+        most = min(_WINDOW_JOBS * self.workers, max(1, _WINDOW_BYTES // self._largest) if self._largest else len(jobs))
+        windows = []
+        for start in range(0, len(jobs), max(self.workers, most)):
+            window = jobs[start : start + max(self.workers, most)]
+            order = sorted(window, key=lambda job: (-self._sizes.get(job[0], 0.0), job[0]))
+            count = min(len(order), _LISTS_PER_WORKER * self.workers)
+            windows.append([_List(order[k::count]) for k in range(count)])
+        return windows
+
+    def _step(self, waiting: deque[_List], contents: Mapping[int, Any], done: dict[int, tuple[Answer, Buffer]]) -> None:
+        """Hand out what there is to do, and wait for one answer or one worker that starts."""
+        for _ in range(_AHEAD):
+            for hand in self._hands:
+                if waiting and hand.starting is None and len(hand.at) < _AHEAD:
+                    self._give(hand, waiting.popleft(), contents)
+        refs = [ref for hand in self._hands for ref in (*hand.at, *([hand.starting] if hand.starting else ()))]
+        busy = any(hand.at for hand in self._hands)
+        ready, _ = self._ray.wait(refs, timeout=None if busy else _START_SECONDS)
+        if not ready:
+            have = self._ray.cluster_resources()
+            raise UserError(
+                f"no Ray worker has started within {_START_SECONDS:.0f} s: each takes {self._needs}, the cluster has"
+                f" {have.get('CPU', 0):g} and {have.get('GPU', 0):g}"
+            )
+        for hand in self._hands:
+            if ready[0] == hand.starting or ready[0] in hand.at:
+                self._take(hand, ready[0], waiting, done)
+                return
+
+    def _give(self, hand: _Hand, todo: _List, contents: Mapping[int, Any]) -> None:
+        space, jobs = Buffer(), list[Job]()
+        numbers: dict[int, int] = {}
+        for i, message in todo.jobs:
+            number = numbers.setdefault(id(message.content), len(numbers))
+            state = lay(self._states[i], space) if i in self._states else None
+            jobs.append((i, message.metadata.message_type, message.metadata.group_id, number, state))
+        down = np.frombuffer(space.data, np.uint8)
+        hand.at[hand.actor.work.remote(jobs, down, *(contents[key] for key in numbers))] = todo
+
+    def _take(self, hand: _Hand, ref: Any, waiting: deque[_List], done: dict[int, tuple[Answer, Buffer]]) -> None:
+        errors = self._ray.exceptions
+        try:
+            found = self._ray.get(ref)
+        except (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError) as error:
+            self._replace(hand, waiting, error)
+            return
+        except errors.RayTaskError as error:
+            raise ClientError(f"a Ray worker failed: {error.cause or error}") from error
+        if ref == hand.starting:
+            hand.starting = None
+            digest, reason = found
+            if digest != source_digest():
+                raise UserError("the Ray workers have other source code than the driver; give them the same files")
+            if reason:
+                raise UserError(f"a Ray worker cannot work: {reason}")
+            return
+        todo = hand.at.pop(ref)
+        seconds, answers, data = found
+        buffer = Buffer(data.data)
+        self.busy_seconds += seconds
+        self._largest = max(self._largest, len(data) // len(answers))
+        done.update({i: (answer, buffer) for (i, _), answer in zip(todo.jobs, answers, strict=True)})
+
+    def _replace(self, hand: _Hand, waiting: deque[_List], error: Exception) -> None:
+        """A worker is dead: another one starts, and its lists are done again."""
+        self._lost += 1
+        lists = list(hand.at.values())  # the first one was at work
+        if lists:
+            lists[0].tries += 1
+            if lists[0].tries >= _TRIES:
+                ids = [i for i, _ in lists[0].jobs]
+                raise ClientError(f"{_TRIES} Ray workers died while they ran clients {ids[:5]}; out of memory?")
+        waiting.extendleft(reversed(lists))
+        if hand.starting is not None and self._lost > _TRIES * self.workers:
+            raise UserError(f"Ray workers die while they start: {str(error).splitlines()[0]}")
+        self._hands[self._hands.index(hand)] = self._hire()
+
+
+class _Worker:
+    """An actor's life: an app that is made once, lists of jobs in, lists of answers out."""
+
+    def __init__(self, make: Callable[[], ClientApp], partitions: int, lend: bool, folder: str) -> None:
+        if os.path.isdir(folder):  # noqa: PTH112 - files that methods are in are named from where the driver is
+            os.chdir(folder)
+        identify()
+        self._error = ""
+        try:
+            self._runner = Runner(make(), partitions, lend)
+        except Exception as error:  # an actor whose making fails looks like one that died
+            self._error = f"{type(error).__name__}: {error}"
+
+    def ready(self) -> tuple[str, str]:
+        """Of which source code this worker is, and why it cannot work, or ""."""
+        return source_digest(), self._error
+
+    def work(
+        self, jobs: list[Job], down: np.ndarray[Any, Any], *contents: tuple[Layout, np.ndarray[Any, Any]]
+    ) -> tuple[float, list[Answer], np.ndarray[Any, Any]]:
+        """Seconds, answers, and the bytes in which they lie."""
+        start = time.perf_counter()
+        records = [pick(layout, Buffer(data.data), copy=False) for layout, data in contents]
+        states, up = Buffer(down.data), Buffer()
+        answers = [self._runner.there(job, records, states, up) for job in jobs]
+        return time.perf_counter() - start, answers, np.frombuffer(up.data, np.uint8)
+
+
+def _laid(records: RecordDict) -> tuple[Layout, np.ndarray[Any, Any]]:
+    space = Buffer()
+    layout = lay(records, space)
+    return layout, np.frombuffer(space.data, np.uint8)
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise UserError("engine 'ray' needs Ray: pip install 'fedsparse[ray]'") from error
+    return ray
+
+
+def _environment() -> dict[str, str]:
+    return {name: os.environ[name] for name in _PASSED_ON if name in os.environ} | {"OMP_NUM_THREADS": "1"}
+
+
+def _connect(ray: Any, address: str, workers: int, cpus: float, gpus: float) -> bool:
+    """Join the cluster, or start a Ray of our own, which is ours to end."""
+    if ray.is_initialized():
+        return False
+    if ":" in address and "://" not in address:  # Ray itself tries for minutes
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), _REACH_SECONDS).close()
+        except (OSError, ValueError) as error:
+            raise UserError(f"engine 'ray', address {address!r}: no cluster answers there ({error})") from error
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            ray.init(address=address, **quiet)
+        else:
+            ray.init(
+                num_cpus=max(1, round(workers * cpus + 0.5)),
+                num_gpus=round(workers * gpus + 0.5) if gpus else None,
+                include_dashboard=False,
+                **quiet,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"engine 'ray', address {address!r}: {error}") from error
+    return True

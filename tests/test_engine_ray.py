@@ -1,0 +1,176 @@
+"""The Ray engine with real Ray: the same digest as the local one, whatever dies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedsparse.client import client_app
+from fedsparse.engine.grid import OwnGrid
+from fedsparse.engine.local import LocalGrid
+from fedsparse.engine.ray import RayGrid
+from fedsparse.engine.store import MemoryStore
+from fedsparse.errors import ClientError, UserError
+from fedsparse.packet import decode
+from fedsparse.runner import digest
+from fedsparse.strategy import Plan
+from tests.helpers import norm_task, small_clients
+from tests.test_contract import METHODS, halves
+
+ray = pytest.importorskip("ray")
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _running() -> Iterator[None]:
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()
+
+
+CLIENTS = 6
+
+
+def app(clients: int = CLIENTS) -> ClientApp:
+    made = small_clients(clients)
+    return client_app(norm_task(), made.__getitem__)
+
+
+def end_of(name: str, grid: OwnGrid, rounds: int = 3, **hyper: Any) -> str:
+    strategy, _ = halves(name, **{"batch_size": 8, **hyper})
+    devices = [c.device for c in small_clients(CLIENTS)]
+    list(strategy.rounds(grid, rounds, task=norm_task(), devices=devices, plan=Plan(seed=7, fraction=0.8)))
+    return digest(strategy.state, {i: dict(decode(s).tensors) for i, s in grid.states().items() if len(s)})
+
+
+@pytest.fixture(scope="module")
+def local() -> Callable[[str], str]:
+    known: dict[str, str] = {}
+
+    def get(name: str) -> str:
+        if name not in known:
+            known[name] = end_of(name, LocalGrid(app(), CLIENTS, own_replies=False))
+        return known[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[RayGrid]:
+    """One grid for all methods: workers take seconds to start."""
+    with RayGrid(app, CLIENTS, workers=2, own_replies=False) as grid:
+        yield grid
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_digest_is_that_of_the_local_engine(name: str, shared: RayGrid, local: Callable[[str], str]) -> None:
+    shared._states = MemoryStore()
+    assert end_of(name, shared) == local(name)
+
+
+def test_any_number_of_workers_any_order_and_little_memory(local: Callable[[str], str]) -> None:
+    for workers, sizes in ((1, None), (3, {0: 1.0, 5: 9.0, 3: 4.0})):
+        with (
+            MemoryStore(None, 1) as store,
+            RayGrid(app, CLIENTS, workers=workers, own_replies=False, store=store, sizes=sizes) as grid,
+        ):
+            assert end_of("pfedgate", grid) == local("pfedgate")
+
+
+# --- what dies -------------------------------------------------------------------------------------------------------
+
+
+def dying(folder: Path, times: int) -> ClientApp:
+    """The app, in a worker process that exits at client 3's call, so many times in all."""
+    plain, wrapped = app(), ClientApp()
+
+    def answer(message: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 3:
+            for k in range(times):
+                try:
+                    (folder / str(k)).touch(exist_ok=False)
+                except FileExistsError:
+                    continue
+                os._exit(1)
+        return plain(message, context)
+
+    wrapped.train()(answer)
+    wrapped.evaluate()(answer)
+    return wrapped
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_worker_that_dies_is_replaced(times: int, tmp_path: Path, local: Callable[[str], str]) -> None:
+    with RayGrid(partial(dying, tmp_path, times), CLIENTS, workers=2, own_replies=False) as grid:
+        assert end_of("pfedgate", grid) == local("pfedgate")
+    assert len(list(tmp_path.iterdir())) == times
+
+
+def test_a_client_that_kills_every_worker_is_named(tmp_path: Path) -> None:
+    said = r"3 Ray workers died while they ran clients \[3\]; out of memory\?"
+    with (
+        RayGrid(partial(dying, tmp_path, 99), CLIENTS, workers=2, own_replies=False) as grid,
+        pytest.raises(ClientError, match=said),
+    ):
+        end_of("fedavg", grid)
+
+
+# --- other apps, and what is refused ---------------------------------------------------------------------------------
+
+
+def stock() -> ClientApp:
+    """Of plain Flower: it counts its calls in its state, and writes into what it got."""
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        had = context.state["n"]["x"].numpy() if "n" in context.state else np.zeros(3)  # type: ignore[call-overload,index,union-attr]
+        context.state["n"] = ArrayRecord({"x": Array(had + 1)})
+        if context.node_id == 9:
+            raise ValueError("not today")
+        return Message(RecordDict({"n": context.state["n"]}), reply_to=message)
+
+    return made
+
+
+def test_stock_apps_run_on_it_and_errors_are_replies() -> None:
+    with RayGrid(stock, 12, workers=2) as grid:
+        for turn in (1, 2):
+            sent = [grid.create_message(RecordDict(), "train", i + 1, "1") for i in range(12)]
+            replies = list(grid.send_and_receive(sent))
+            assert [r.metadata.src_node_id for r in replies] == list(range(1, 13))
+            assert replies[8].has_error() and "ValueError: not today" in (replies[8].error.reason or "")
+            right = [r for r in replies if not r.has_error()]
+            assert all((r.content["n"]["x"].numpy() == turn).all() for r in right)  # type: ignore[call-overload,index,union-attr]
+
+
+def broken() -> ClientApp:
+    raise FileNotFoundError("no data here")
+
+
+def test_an_app_that_cannot_be_made_is_one_line() -> None:
+    with RayGrid(broken, 2, workers=1) as grid, pytest.raises(UserError, match="no data here"):
+        list(grid.send_and_receive([grid.create_message(RecordDict(), "train", 1, "1")]))
+
+
+def test_workers_of_other_code_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsparse.engine.ray.source_digest", lambda: "another")
+    with RayGrid(app, 2, workers=1) as grid, pytest.raises(UserError, match="have other source code than the driver"):
+        list(grid.send_and_receive([grid.create_message(RecordDict(), "train", 1, "1")]))
+
+
+def test_a_worker_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsparse.engine.ray._START_SECONDS", 2.0)
+    with (
+        RayGrid(app, 2, workers=1, cpus=64) as grid,
+        pytest.raises(UserError, match="each takes 64 CPUs and 0 GPUs, the cluster has 4 and 0"),
+    ):
+        list(grid.send_and_receive([grid.create_message(RecordDict(), "train", 1, "1")]))
