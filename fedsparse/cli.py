@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fedsparse.experiment import Experiment
     from fedsparse.runner import OnRound, Run
 
-USER_ERROR, INTERRUPTED = 2, 130  # exit codes
+DIFFERENT, USER_ERROR, INTERRUPTED = 1, 2, 130  # exit codes
 
 app = typer.Typer(
     name="fedsparse",
@@ -107,6 +107,28 @@ def resume(
     with _traces(debug):
         done = _watched(lambda on_round: go_on(folder, workers=workers, on_round=on_round), quiet)
     _print_result(done, quiet, as_json)
+
+
+@app.command()
+def verify(
+    experiment: Annotated[str, typer.Argument(help="A TOML file or the name of a built-in experiment.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key.")] = None,
+    engines: Annotated[str, typer.Option(help="kind:workers, separated by commas.")] = "local:1,local:2,ray:2",
+    out: Annotated[Path | None, typer.Option(help="Keep the run folders here.")] = None,
+) -> None:
+    """Run an experiment on several engines and compare the digests; exit code 1 if they differ."""
+    from fedsparse.verify import engines_of
+    from fedsparse.verify import verify as each
+
+    wanted, digests = engines_of(engines), set()
+    _log_to_standard_error(False)
+    for name, digest in each(_experiment(experiment, settings or []), wanted, out=out):
+        digests.add(digest)
+        typer.echo(f"{name:<10} {digest}")
+    if len(digests) > 1:
+        typer.echo("the digests differ", err=True)
+        raise typer.Exit(DIFFERENT)
+    typer.echo(f"the same on {len(wanted)} engines")
 
 
 @app.command()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from fedsparse.cli import main
+from fedsparse.experiment import Experiment, load_experiment
 from fedsparse.report import tables, units
 from fedsparse.report.progress import LiveProgress
 
@@ -424,3 +425,24 @@ def test_an_interrupted_run_is_resumed(cli: Cli, tmp_path: Path) -> None:
     assert json.loads(out)["digest"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["digest"]
     code, _, err = cli("resume", str(tmp_path / "cut"))
     assert code == 2 and "is complete" in err
+
+
+def test_verify_compares_engines(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = ["--set", "rounds=2", "--set", "partition.clients=4"]
+    code, out, _ = cli("verify", "digits_pfedgate", *short, "--engines", "local:1,local:2")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[0] for line in lines[:2]] == ["local:1", "local:2"] and lines[0][1] == lines[1][1]
+    assert out.endswith("the same on 2 engines\n")
+    monkeypatch.setattr("fedsparse.verify.run", lambda e, **_: _Fake(e))
+    monkeypatch.setattr("fedsparse.verify.load_experiment", lambda _: load_experiment("digits_pfedgate"))
+    assert cli("verify", "digits_pfedgate", "--engines", "local:1,local:2")[0] == 1
+    _assert_one_line(cli("verify", "digits_pfedgate", "--engines", "spark:2"), "unknown engine 'spark'")
+    _assert_one_line(cli("verify", "digits_pfedgate", "--engines", "local:x"), "kind:workers", "'local:x'")
+
+
+class _Fake:
+    """A run whose digest depends on the engine, which no real one does."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.summary = {"digest": f"{experiment.engine.workers}"}
