@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from fedsparse.engine.store import Kept, MemoryStore, check_file, sync
@@ -32,6 +31,10 @@ _KEPT = 2
 _STATE, _MANIFEST = "state.safetensors", "manifest.json"
 _PLAIN = (bool, int, float, str, type(None))
 _log = logging.getLogger("fedsparse")
+
+
+class NewerFormatError(UserError):
+    """A checkpoint that another version has written."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,13 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[name] = value
         return {"tensor": name}
+    if isinstance(value, np.generic):
+        value = value.item()
     if type(value) in _PLAIN:
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if bad := [f.name for f in dataclasses.fields(value) if not f.init]:
+            raise UserError(f"a checkpoint cannot keep {name}.{bad[0]}: it is no argument of {type(value).__name__}")
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
         kind = f"{type(value).__module__}:{type(value).__qualname__}"
         return {"class": kind, "fields": {k: _pack(v, f"{name}.{k}", tensors) for k, v in fields.items()}}
@@ -76,7 +83,7 @@ def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         if bad := [key for key in value if type(key) not in _PLAIN]:
             raise UserError(f"a checkpoint cannot keep the key {bad[0]!r} of {name}: keys are numbers or words")
         return {"map": [[key, _pack(v, f"{name}[{key!r}]", tensors)] for key, v in value.items()]}
-    if isinstance(value, tuple | list):
+    if type(value) in (tuple, list):
         parts = [_pack(v, f"{name}[{i}]", tensors) for i, v in enumerate(value)]
         return {"tuple" if isinstance(value, tuple) else "list": parts}
     raise UserError(
@@ -98,7 +105,9 @@ def unpacked(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         parts = [unpacked(v, tensors) for v in content]
         return tuple(parts) if kind == "tuple" else parts
     module, _, name = content.partition(":")
-    cls = getattr(sys.modules.get(module), name, None)
+    cls: Any = sys.modules.get(module)
+    for part in name.split("."):
+        cls = getattr(cls, part, None)
     if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
         raise UserError(f"the checkpoint needs the dataclass {content}, which this version does not have")
     return cls(**{k: unpacked(v, tensors) for k, v in tree["fields"].items()})
@@ -143,6 +152,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from before it
         part.rename(final)
         sync(self._folder)
+        sync(self._run)
         self._forget(store)
 
     def _forget(self, store: MemoryStore) -> None:
@@ -164,25 +174,37 @@ class Checkpoints:
         return sorted(path.name for path in self._folder.iterdir() if re.fullmatch(r"\d{6,}", path.name))
 
     def newest(self) -> Checkpoint:
-        """The newest one that is whole; a warning for each that is not. Raises UserError if there is none."""
+        """The newest one that is whole; a warning for each that is not. Nothing is changed yet, see :meth:`take_up`.
+
+        Raises UserError if there is none, or one of a newer format.
+        """
         for name in reversed(self._names()):
             try:
                 found = self._read(self._folder / name)
+            except NewerFormatError:
+                raise
             except UserError as error:
                 _log.warning("checkpoint %s is not usable: %s", name, error)
                 continue
-            for later in (n for n in self._names() if n > name):
-                shutil.rmtree(self._folder / later)
-            for file, (size, _) in found.history.items():
-                os.truncate(self._run / file, size)
-                self._parts[file] = _Prefix(self._run / file)
             return found
         raise UserError(f"{str(self._run)!r} has no checkpoint to go on from; start the run anew")
+
+    def take_up(self, found: Checkpoint) -> None:
+        """Go on from it: what is newer goes, and the history is cut back."""
+        for later in (name for name in self._names() if name > f"{found.reports:06d}"):
+            shutil.rmtree(self._folder / later)
+        for file, (size, _) in found.history.items():
+            if size or (self._run / file).exists():
+                os.truncate(self._run / file, size)
+            self._parts[file] = _Prefix(self._run / file)
 
     def _read(self, folder: Path) -> Checkpoint:
         content = _opened(folder / _MANIFEST)
         if content["format"] != FORMAT:
-            raise UserError(f"it has format {content['format']}, this version reads {FORMAT}")
+            raise NewerFormatError(
+                f"checkpoint {folder.name} has format {content['format']}, this version reads {FORMAT}: use the version"
+                " that wrote it"
+            )
         data = _bytes(folder / _STATE)
         if hashlib.sha256(data).hexdigest() != content["state_sha256"]:
             raise UserError(f"{_STATE} is damaged")
@@ -253,6 +275,6 @@ def _bytes(path: Path) -> bytes:
 
 
 def _tensors(data: bytes) -> dict[str, Tensor]:
-    from safetensors.numpy import load
+    from safetensors.torch import load
 
-    return {name: torch.from_numpy(np.require(array, requirements="W")) for name, array in load(data).items()}
+    return dict(load(data))

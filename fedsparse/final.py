@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedsparse.engine.store import MemoryStore
+from fedsparse.engine.store import MemoryStore, sync
+from fedsparse.errors import UserError
 from fedsparse.packet import decode
 
 FINAL = "final.safetensors"
@@ -37,10 +38,10 @@ class Memories(Mapping[int, dict[str, Tensor]]):
         return dict(decode(self._store[client]).tensors)
 
     def __iter__(self) -> Iterator[int]:
-        return (client for client in self._store if len(self._store[client]))
+        return iter(self._store)
 
     def __len__(self) -> int:
-        return sum(1 for _ in self)
+        return len(self._store)
 
 
 class FinalMemories(Mapping[int, dict[str, Tensor]]):
@@ -49,20 +50,16 @@ class FinalMemories(Mapping[int, dict[str, Tensor]]):
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
 
-        self._path = path
+        self._file: Any = safe_open(path, framework="pt")  # stays open: to open it is to read the names of all clients
         self._names: dict[int, list[str]] = {}
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - it is no mapping
-                owner, _, rest = key.partition("/")
-                client, _, name = rest.partition("/")
-                if owner == "client":
-                    self._names.setdefault(int(client), []).append(name)
+        for key in self._file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
+            owner, _, rest = key.partition("/")
+            client, _, name = rest.partition("/")
+            if owner == "client":
+                self._names.setdefault(int(client), []).append(name)
 
     def __getitem__(self, client: int) -> dict[str, Tensor]:
-        from safetensors import safe_open
-
-        with safe_open(self._path, framework="pt") as file:
-            return {name: file.get_tensor(f"client/{client}/{name}") for name in self._names[client]}
+        return {name: self._file.get_tensor(f"client/{client}/{name}") for name in self._names[client]}
 
     def __iter__(self) -> Iterator[int]:
         return iter(sorted(self._names))
@@ -72,7 +69,10 @@ class FinalMemories(Mapping[int, dict[str, Tensor]]):
 
 
 def save_final(path: Path, state: Mapping[str, Tensor], memories: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Write the file whole or not at all, holding one memory at a time: the library's writer wants all in RAM."""
+    """Write the file whole or not at all, holding one memory at a time: the library's writer wants all in RAM.
+
+    It is on disk afterwards. Raises UserError for a tensor of a type that the format here does not have.
+    """
 
     def parts() -> Iterator[tuple[str, Tensor]]:
         yield from ((f"state/{name}", t) for name, t in state.items())
@@ -82,6 +82,8 @@ def save_final(path: Path, state: Mapping[str, Tensor], memories: Mapping[int, M
     head: dict[str, Any] = {}
     end = 0
     for name, tensor in parts():
+        if tensor.dtype not in _NAMES:
+            raise UserError(f"{name!r} is {tensor.dtype}, which {FINAL} cannot hold")
         head[name] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
@@ -95,4 +97,5 @@ def save_final(path: Path, state: Mapping[str, Tensor], memories: Mapping[int, M
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in parts():
             file.write(tensor.detach().cpu().contiguous().numpy().tobytes())
+    sync(part)
     part.replace(path)

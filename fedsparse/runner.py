@@ -26,13 +26,13 @@ from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from fedsparse.budget import Dense, assign, narrow_width
-from fedsparse.checkpoint import CLIENTS, Checkpoint, Checkpoints, unpacked
+from fedsparse.checkpoint import CLIENTS, Checkpoint, Checkpoints, packed, unpacked
 from fedsparse.client import client_app
 from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops
 from fedsparse.data import FederatedData, federate, load_dataset
 from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
-from fedsparse.engine.store import MemoryStore
+from fedsparse.engine.store import MemoryStore, sync
 from fedsparse.errors import ClientError, UserError, unknown
 from fedsparse.experiment import Experiment, from_dict, load_experiment, toml_text
 from fedsparse.final import FINAL, FinalMemories, Memories, save_final
@@ -51,6 +51,7 @@ from fedsparse.task import Client, Score, Split, Task
 OnRound = Callable[[dict[str, Any]], None]
 _ROWS = "clients.jsonl"  # the clients' rows while the run goes on; then they are ``clients.parquet``
 _HISTORY = ("rounds.jsonl", _ROWS)
+_LOCK = ".lock"  # who writes into a run folder holds it
 _BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
 _PACKAGES = ("fedsparse", "torch", "numpy", "numba", "flwr")
@@ -103,7 +104,8 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     directory = _new_directory(experiment, job.method.name, out)
     with _errors_to(directory):
         _write(directory / "config.toml", _config(experiment, job.method, job.federation))
-    return _carried_out(job, directory, on_round, start, None)
+    with _alone(directory):
+        return _carried_out(job, directory, on_round, start, None)
 
 
 def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None = None) -> Run:
@@ -115,12 +117,32 @@ def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None 
     if not (directory / "config.toml").is_file():
         raise UserError(f"{str(directory)!r} is no run folder: it has no config.toml")
     if (directory / "summary.json").exists():
+        _tidy(directory)
         raise UserError(f"the run in {str(directory)!r} is complete")
     overrides = [f"engine.workers={workers}"] if workers else []
     job = _job(load_experiment(directory / "config.toml", overrides))
-    with _errors_to(directory):
-        found = Checkpoints(directory, _HISTORY).newest()
-    return _carried_out(job, directory, on_round, start, found)
+    with _alone(directory):
+        with _errors_to(directory):
+            found = Checkpoints(directory, _HISTORY).newest()
+        return _carried_out(job, directory, on_round, start, found)
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Nobody else writes into the run folder meanwhile. The lock goes with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # another system
+        yield
+        return
+    path = directory / _LOCK
+    with path.open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"another process is at work on the run in {str(directory)!r}") from error
+        yield
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -160,8 +182,12 @@ def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: fl
         state = job.state
         if found:
             state = unpacked(*found.state)
+            checkpoints.take_up(found)
             store.restore(found.memories)
             record.read()
+
+        elif engine.checkpoint_every:
+            unpacked(*packed(state))  # a state that cannot be kept is refused before the first round
 
         def after(report: dict[str, Any]) -> None:
             record(report)
@@ -232,10 +258,15 @@ def _finished(
     config = (directory / "config.toml").read_text(encoding="utf-8")
     _write(directory / "report.html", page(summary, record.rounds, config, str(directory)))
     _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
+    _tidy(directory)
+    return Run(directory, summary, record.rounds, record.rows, strategy.state, memories)
+
+
+def _tidy(directory: Path) -> None:
+    """Without what a complete run needs no more."""
     for name in ("checkpoint", CLIENTS):
         shutil.rmtree(directory / name, ignore_errors=True)
     (directory / _ROWS).unlink(missing_ok=True)
-    return Run(directory, summary, record.rounds, record.rows, strategy.state, memories)
 
 
 class _Recorder:
@@ -444,6 +475,7 @@ def _write(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     part.replace(path)
+    sync(path.parent)
 
 
 def _config(experiment: Experiment, method: Method, federation: Federation) -> str:
@@ -495,6 +527,7 @@ def _save_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
     part = path.with_name(path.name + ".part")
     pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), part)
+    sync(part)
     part.replace(path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ def engines_of(text: str) -> tuple[tuple[str, int], ...]:
         kind, _, number = part.strip().partition(":")
         if kind not in ENGINES:
             raise unknown("engine", kind, ENGINES)
-        if not (number or "1").isdigit() or int(number or 1) < 1:
+        if not re.fullmatch(r"[1-9][0-9]*", number or "1"):
             raise UserError(f"an engine is kind:workers, such as local:4; got {part.strip()!r}")
         found.append((kind, int(number or 1)))
     return tuple(found)
@@ -38,10 +39,11 @@ def verify(
     What the first run has measured (the representation of a layer) is kept for the others.
     """
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as temporary:
-        folder = out or Path(temporary)
+        folder, address = out or Path(temporary), experiment.engine.address
         for number, (kind, workers) in enumerate(engines):
             name = f"{kind}:{workers}"
             chosen = [f"engine.kind={kind}", f"engine.workers={workers}"]
+            chosen.append(f"engine.address={address if kind == 'ray' else ''}")
             place = folder / f"{number}-{kind}-{workers}"
             done = run(experiment.with_overrides(chosen), out=place, on_round=on_round(name) if on_round else None)
             if not number:

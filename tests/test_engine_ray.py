@@ -19,9 +19,11 @@ from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.ray import RayGrid
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
-from fedsparse.packet import decode
-from fedsparse.runner import digest
+from fedsparse.experiment import from_dict
+from fedsparse.packet import Packet, decode, encode
+from fedsparse.runner import _app_of, digest, federation_of
 from fedsparse.strategy import Plan
+from fedsparse.verify import engines_of, verify
 from tests.helpers import norm_task, small_clients
 from tests.test_contract import METHODS, halves
 
@@ -163,7 +165,10 @@ def test_an_app_that_cannot_be_made_is_one_line() -> None:
 
 def test_workers_of_other_code_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsparse.engine.ray.source_digest", lambda: "another")
-    with RayGrid(app, 2, workers=1) as grid, pytest.raises(UserError, match="have other source code than the driver"):
+    with (
+        RayGrid(app, 2, workers=1) as grid,
+        pytest.raises(UserError, match="have other source code than"),
+    ):
         list(grid.send_and_receive([grid.create_message(RecordDict(), "train", 1, "1")]))
 
 
@@ -174,3 +179,37 @@ def test_a_worker_that_fits_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) 
         pytest.raises(UserError, match="each takes 64 CPUs and 0 GPUs, the cluster has 4 and 0"),
     ):
         list(grid.send_and_receive([grid.create_message(RecordDict(), "train", 1, "1")]))
+
+
+# --- as a run --------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_and_verify_on_ray(tmp_path: Path) -> None:
+    made = from_dict({}, ["dataset=digits", "partition.clients=3", "rounds=2", "method=fedtiny", "method.density=0.3"])
+    assert len({digest for _, digest in verify(made, engines_of("local:1,ray:2"), out=tmp_path)}) == 1
+    config = (tmp_path / "1-ray-2" / "config.toml").read_text()
+    assert 'kind = "ray"' in config
+    clients = federation_of(made).clients
+    message = Message(encode(Packet("query")), 2, "query", group_id="0")
+    asked = _app_of(config)(message, Context(1, 2, {"partition-id": 1, "num-partitions": 3}, RecordDict(), {}))
+    assert len(clients) == 3 and decode(asked.content).scalars["id"] == 1
+
+
+@pytest.mark.parametrize("name", ["OutOfMemoryError", "WorkerCrashedError", "LocalRayletDiedError"])
+def test_other_ways_to_die_are_deaths_too(
+    name: str, monkeypatch: pytest.MonkeyPatch, local: Callable[[str], str]
+) -> None:
+    """As Ray's memory monitor kills, which a test cannot provoke: the first answer is an error of that class."""
+    plain, seen = ray.get, list[int]()
+
+    def get(ref: Any, **kwargs: Any) -> Any:
+        found = plain(ref, **kwargs)
+        if isinstance(found, tuple) and len(found) == 3 and not seen:
+            seen.append(1)
+            raise getattr(ray.exceptions, name)("killed")
+        return found
+
+    with RayGrid(app, CLIENTS, workers=2, own_replies=False) as grid:
+        monkeypatch.setattr(ray, "get", get)
+        assert end_of("fedavg", grid) == local("fedavg")
+        assert grid.lost == 1

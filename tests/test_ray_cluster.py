@@ -41,7 +41,7 @@ def test_a_node_is_lost_in_mid_round(cluster: Any, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(RayGrid, "_take", take)
     with RayGrid(app, CLIENTS, workers=3, own_replies=False, address=cluster.address) as grid:
         found = end_of("pfedgate", grid)
-        assert grid._lost  # workers of that node
+        assert grid.lost  # workers of that node
     assert found == end_of("pfedgate", LocalGrid(app(), CLIENTS, own_replies=False))
 
 

@@ -25,6 +25,7 @@ from fedsparse.final import FINAL
 from fedsparse.method import method_names
 from fedsparse.runner import Run, resume, run
 
+BASE = ["dataset=digits", "partition.max_clients=4", "rounds=4", "fraction=0.75", "engine.checkpoint_every=1"]
 CHANGING = ["method.delta_r=1", "method.r_stop=3"]
 SETTINGS: dict[str, list[str]] = {
     "pfedgate": ["method.download=changed", "budget.tiers=[1, 0.5]"],
@@ -46,9 +47,8 @@ class InterruptedRunError(Exception):
 
 
 def experiment(method: str, *more: str) -> Experiment:
-    base = ["dataset=digits", "partition.max_clients=4", "rounds=4", "fraction=0.75", "engine.checkpoint_every=1"]
     sparse = [] if method in ("pfedgate",) else ["method.batch_size=16"]
-    return from_dict({}, [f"method={method}", *base, *sparse, *SETTINGS.get(method, []), *more])
+    return from_dict({}, [f"method={method}", *BASE, *sparse, *SETTINGS.get(method, []), *more])
 
 
 def stop_after(reports: int) -> Callable[[dict[str, Any]], None]:
@@ -270,3 +270,93 @@ def test_what_a_checkpoint_cannot_keep_is_named() -> None:
         packed(Outer(Inner(torch.ones(1), ()), {3: {1}}, (), 1.0))  # type: ignore[dict-item]
     with pytest.raises(UserError, match=r"needs the dataclass os:system, which this version does not have"):
         unpacked({"class": "os:system", "fields": {}}, {})
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("pfedgate", ("partition.novel=0.25", "evaluate.every=2")),
+        ("pfedgate", ("method.schedule=plateau", "method.patience=1", "budget.on_over_budget=record")),
+        ("fedavg", ("evaluate.every=3", "evaluate.fraction=0.5", "engine.memory_mb=1")),
+    ],
+    ids=["novel clients", "plateau", "few evaluations"],
+)
+def test_what_else_a_run_has_is_the_same_too(method: str, more: tuple[str, ...], tmp_path: Path) -> None:
+    plain = [s for s in SETTINGS.get(method, []) if "plateau" not in str(more) or "download" not in s]
+    made = from_dict({}, [f"method={method}", *BASE, "rounds=6", *plain, *more])
+    whole = run(made, out=tmp_path / "whole")
+    with pytest.raises(InterruptedRunError):
+        run(made, out=tmp_path / "cut", on_round=stop_after(4))
+    again = resume(tmp_path / "cut")
+    same_run(whole, again)
+    assert again.summary["novel"] == whole.summary["novel"]
+
+
+DIES = """
+import os, sys
+from fedsparse.experiment import load_experiment
+from fedsparse.runner import resume, run
+what, at = sys.argv[3], int(sys.argv[4])
+plain, seen = getattr(os, what), []
+def counted(*args, **kwargs):
+    seen.append(1)
+    if len(seen) == at:
+        os._exit(9)
+    return plain(*args, **kwargs)
+setattr(os, what, counted)
+run(load_experiment(sys.argv[1]), out=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("what", ["replace", "rename", "fsync", "unlink"])
+def test_death_between_any_two_writes_loses_nothing(what: str, tmp_path: Path) -> None:
+    """The process ends at the k-th rename, flush or deletion; whatever checkpoint there is leads to the same end."""
+    whole = run(experiment("pfedgate", "engine.memory_mb=1"), out=tmp_path / "whole")
+    deaths = 0
+    for at in (2, 7, 13, 26):
+        folder = tmp_path / f"{what}{at}"
+        args = [str(whole.directory / "config.toml"), str(folder), what, str(at)]
+        code = subprocess.run([sys.executable, "-c", DIES, *args], check=False).returncode
+        assert code in (0, 9)
+        deaths += code == 9
+        if (folder / "summary.json").exists():
+            assert json.loads((folder / "summary.json").read_text())["digest"] == whole.summary["digest"]
+            continue
+        if list((folder / "checkpoint").glob("[0-9]*")):
+            same_run(whole, resume(folder))
+        else:  # it died before the first one was there
+            with pytest.raises(UserError, match="no checkpoint to go on from|is no run folder"):
+                resume(folder)
+    assert deaths
+
+
+def test_a_run_at_work_is_left_alone(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    def on_round(report: dict[str, Any]) -> None:
+        code = f"from fedsparse.runner import resume\nresume({str(tmp_path / 'run')!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        said.append(done.stderr.strip().splitlines()[-1])
+
+    done = run(experiment("fedavg", "rounds=2"), out=tmp_path / "run", on_round=on_round)
+    assert all("another process is at work on the run" in line for line in said) and len(said) == 2
+    assert not (done.directory / ".lock").exists()
+
+
+def test_states_that_would_not_come_back_are_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "from dataclasses import dataclass, field\n"
+        "from fedsparse.strategy import AveragingStrategy, State\n"
+        "@dataclass(frozen=True)\n"
+        "class OddState(State):\n"
+        "    seen: int = field(default=0, init=False)\n"
+        "@dataclass\n"
+        "class Odd(AveragingStrategy):\n"
+        "    client = 'fedavg'\n"
+        "    def init(self, task, devices):\n"
+        "        return OddState(task.init_params())\n"
+    )
+    made = from_dict({}, [f"method={tmp_path / 'odd.py'}", *BASE])
+    with pytest.raises(UserError, match=r"a checkpoint cannot keep state\.seen: it is no argument of OddState"):
+        run(made, out=tmp_path / "run")
+    assert run(made.with_overrides(["engine.checkpoint_every=0"]), out=tmp_path / "other").summary["digest"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import traceback
 import uuid
@@ -132,6 +133,9 @@ class OwnGrid(Grid):
         for i, _ in jobs:
             if i not in self.partitions:
                 raise UserError(f"no client {i} on this grid of {len(self.partitions)}")
+        for (i, _), (j, _) in itertools.pairwise(jobs):
+            if i == j:
+                raise UserError(f"two messages for client {i} in one exchange: its memory would follow neither")
         for (i, message), (content, state, error) in zip(jobs, self._answers(jobs), strict=True):
             if state is not None:
                 self._states.put(i, state)

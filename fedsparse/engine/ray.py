@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -22,6 +23,7 @@ from fedsparse.engine.grid import Answer, Job, OwnGrid, Picked, Runner, identify
 from fedsparse.engine.shared import Buffer, Layout, lay, pick
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
+from fedsparse.packet import wire_bytes
 from fedsparse.sources import source_digest
 
 _LISTS_PER_WORKER = 4  # in a window; enough to even out unequal clients
@@ -29,8 +31,9 @@ _WINDOW_JOBS = 64  # jobs a worker of a window, at most
 _WINDOW_BYTES = 256 << 20  # of answers in a window
 _AHEAD = 2  # lists a worker has at hand
 _TRIES = 3  # of a list whose workers die
-_START_SECONDS, _REACH_SECONDS = 120.0, 5.0
-_PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", "OMP_NUM_THREADS", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA")
+_START_SECONDS, _REACH_SECONDS = 300.0, 5.0
+_NO_DEATHS = ("RuntimeEnvSetupError", "ActorUnschedulableError", "OutOfDiskError", "ObjectStoreFullError")
+_PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
 
 
 @dataclass
@@ -74,15 +77,25 @@ class RayGrid(OwnGrid):
     ) -> None:
         super().__init__(partitions, workers, own_replies, store)
         self._ray = _ray()
-        self._started = _connect(self._ray, address, self.workers, cpus, gpus)
+        self._same = _same()  # before anybody edits a file
+        self.lost = 0  # workers that died
         self._sizes = dict(sizes or {})
         self._largest = 0  # bytes of an answer, over those so far
-        self._lost = 0
-        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": _environment()}}
-        self._actor = self._ray.remote(_Worker).options(**options)
-        self._arguments = (make, partitions, self.lends, os.getcwd())  # noqa: PTH109 - a word to send
-        self._hands = [self._hire() for _ in range(self.workers)]
+        self._failed_starts = 0  # in a row
         self._needs = f"{cpus:g} CPUs and {gpus:g} GPUs"
+        self._arguments = (make, partitions, self.lends, os.getcwd())  # noqa: PTH109 - a word to send
+        self._hands: list[_Hand] = []
+        options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": _environment()}}
+        try:
+            self._actor = self._ray.remote(_Worker).options(**options)
+        except ValueError as error:
+            raise UserError(f"a Ray worker cannot take {self._needs}: {error}") from error
+        self._started = _connect(self._ray, address, self.workers, cpus, gpus)
+        try:
+            self._hands.extend(self._hire() for _ in range(self.workers))
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         for hand in self._hands:
@@ -128,7 +141,8 @@ class RayGrid(OwnGrid):
 
     def _windows(self, jobs: list[tuple[int, Message]]) -> list[list[_List]]:
         """Runs of jobs whose answers may lie about at once, each in lists of about equal work, the largest first."""
-        most = min(_WINDOW_JOBS * self.workers, max(1, _WINDOW_BYTES // self._largest) if self._largest else len(jobs))
+        largest = self._largest or max((wire_bytes(m.content) for _, m in jobs[:1]), default=1)  # at first a download
+        most = min(_WINDOW_JOBS * self.workers, max(1, _WINDOW_BYTES // max(1, largest)))
         windows = []
         for start in range(0, len(jobs), max(self.workers, most)):
             window = jobs[start : start + max(self.workers, most)]
@@ -149,8 +163,8 @@ class RayGrid(OwnGrid):
         if not ready:
             have = self._ray.cluster_resources()
             raise UserError(
-                f"no Ray worker has started within {_START_SECONDS:.0f} s: each takes {self._needs}, the cluster has"
-                f" {have.get('CPU', 0):g} and {have.get('GPU', 0):g}"
+                f"no Ray worker was ready within {_START_SECONDS:.0f} s: each takes {self._needs}, the cluster has"
+                f" {have.get('CPU', 0):g} and {have.get('GPU', 0):g}, and loads the data"
             )
         for hand in self._hands:
             if ready[0] == hand.starting or ready[0] in hand.at:
@@ -171,29 +185,32 @@ class RayGrid(OwnGrid):
         errors = self._ray.exceptions
         try:
             found = self._ray.get(ref)
-        except (errors.RayActorError, errors.ObjectLostError, errors.NodeDiedError) as error:
-            self._replace(hand, waiting, error)
-            return
         except errors.RayTaskError as error:
             raise ClientError(f"a Ray worker failed: {error.cause or error}") from error
+        except tuple(getattr(errors, name) for name in _NO_DEATHS) as error:
+            raise UserError(f"engine 'ray': {str(error).splitlines()[0]}") from error
+        except errors.RayError as error:
+            self._replace(hand, waiting, error)
+            return
         if ref == hand.starting:
-            hand.starting = None
-            digest, reason = found
-            if digest != source_digest():
-                raise UserError("the Ray workers have other source code than the driver; give them the same files")
+            same, reason = found
+            if same != self._same:
+                what = ", ".join(name for name in self._same if same.get(name) != self._same[name])
+                raise UserError(f"the Ray workers have other {what} than the driver; give them the same")
             if reason:
                 raise UserError(f"a Ray worker cannot work: {reason}")
+            hand.starting, self._failed_starts = None, 0
             return
         todo = hand.at.pop(ref)
         seconds, answers, data = found
-        buffer = Buffer(data.data)
+        buffer = Buffer(memoryview(bytearray(data)))  # a copy: writing into the object store's is a crash
         self.busy_seconds += seconds
         self._largest = max(self._largest, len(data) // len(answers))
         done.update({i: (answer, buffer) for (i, _), answer in zip(todo.jobs, answers, strict=True)})
 
     def _replace(self, hand: _Hand, waiting: deque[_List], error: Exception) -> None:
         """A worker is dead: another one starts, and its lists are done again."""
-        self._lost += 1
+        self.lost += 1
         lists = list(hand.at.values())  # the first one was at work
         if lists:
             lists[0].tries += 1
@@ -201,7 +218,8 @@ class RayGrid(OwnGrid):
                 ids = [i for i, _ in lists[0].jobs]
                 raise ClientError(f"{_TRIES} Ray workers died while they ran clients {ids[:5]}; out of memory?")
         waiting.extendleft(reversed(lists))
-        if hand.starting is not None and self._lost > _TRIES * self.workers:
+        self._failed_starts += hand.starting is not None
+        if self._failed_starts > _TRIES * self.workers:
             raise UserError(f"Ray workers die while they start: {str(error).splitlines()[0]}")
         self._hands[self._hands.index(hand)] = self._hire()
 
@@ -219,16 +237,17 @@ class _Worker:
         except Exception as error:  # an actor whose making fails looks like one that died
             self._error = f"{type(error).__name__}: {error}"
 
-    def ready(self) -> tuple[str, str]:
-        """Of which source code this worker is, and why it cannot work, or ""."""
-        return source_digest(), self._error
+    def ready(self) -> tuple[dict[str, str], str]:
+        """What must be the same as the driver's, and why this worker cannot work, or ""."""
+        return _same(), self._error
 
     def work(
         self, jobs: list[Job], down: np.ndarray[Any, Any], *contents: tuple[Layout, np.ndarray[Any, Any]]
     ) -> tuple[float, list[Answer], np.ndarray[Any, Any]]:
         """Seconds, answers, and the bytes in which they lie."""
         start = time.perf_counter()
-        records = [pick(layout, Buffer(data.data), copy=False) for layout, data in contents]
+        # copies, once a list: a client half that writes into its packet gets an error, not a crash
+        records = [pick(layout, Buffer(memoryview(bytearray(data))), copy=False) for layout, data in contents]
         states, up = Buffer(down.data), Buffer()
         answers = [self._runner.there(job, records, states, up) for job in jobs]
         return time.perf_counter() - start, answers, np.frombuffer(up.data, np.uint8)
@@ -238,6 +257,16 @@ def _laid(records: RecordDict) -> tuple[Layout, np.ndarray[Any, Any]]:
     space = Buffer()
     layout = lay(records, space)
     return layout, np.frombuffer(space.data, np.uint8)
+
+
+def _same() -> dict[str, str]:
+    """What decides about the bits of a result, of this process."""
+    return {
+        "source code": source_digest(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+    }
 
 
 def _ray() -> Any:
@@ -268,6 +297,7 @@ def _connect(ray: Any, address: str, workers: int, cpus: float, gpus: float) -> 
             ray.init(address=address, **quiet)
         else:
             ray.init(
+                address="local",
                 num_cpus=max(1, round(workers * cpus + 0.5)),
                 num_gpus=round(workers * gpus + 0.5) if gpus else None,
                 include_dashboard=False,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -27,7 +28,8 @@ from fedsparse.packet import Packet, decode, encode
 
 _FORMAT, _HEAD = "fedsparse client memory 1", "fedsparse"
 _CLIENTS_A_FOLDER = 1000
-_BYTES = "base64:"  # before bytes in the words of a stock record
+_BYTES = "base64"  # the name of what stands for bytes in the words of a stock record
+_OURS = re.compile(r"\d+\.\d+\.safetensors(\.part)?")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,10 @@ class MemoryStore(Mapping[int, RecordDict]):
         """A new version of a client's records. Raises OSError if others had to go to a disk that is full."""
         self._version += 1
         self._versions[client] = self._version
-        self._files.pop(client, None)
+        old = self._files.pop(client, None)
+        if old and old.file in self._unsynced:  # written since the last flush: no checkpoint names it
+            self._unsynced.discard(old.file)
+            (self.folder / old.file).unlink(missing_ok=True)
         self._hold(client, records)
 
     def _hold(self, client: int, records: RecordDict) -> None:
@@ -127,7 +132,7 @@ class MemoryStore(Mapping[int, RecordDict]):
         folders = {self.folder / name for name in self._unsynced}
         for path in folders:
             sync(path)
-        for folder in {path.parent for path in folders} | ({self.folder} if folders else set()):
+        for folder in {path.parent for path in folders} | ({self.folder, self.folder.parent} if folders else set()):
             sync(folder)
         self._unsynced.clear()
         return {client: self._files[client] for client in self}
@@ -136,7 +141,7 @@ class MemoryStore(Mapping[int, RecordDict]):
         """Delete all files but those named and those of current versions."""
         names = {*kept, *(entry.file for entry in self._files.values())}
         for path in list(self.folder.glob("*/*")):
-            if str(path.relative_to(self.folder)) not in names:
+            if _OURS.fullmatch(path.name) and str(path.relative_to(self.folder)) not in names:
                 path.unlink(missing_ok=True)
 
     def restore(self, files: Mapping[int, Kept]) -> None:
@@ -146,7 +151,7 @@ class MemoryStore(Mapping[int, RecordDict]):
         self._bytes = 0
         self._files = dict(files)
         self._versions = {client: _version_of(entry.file) for client, entry in files.items()}
-        there = (_version_of(path.name) for path in self.folder.glob("*/*.safetensors"))
+        there = (_version_of(path.name) for path in self.folder.glob("*/*") if _OURS.fullmatch(path.name))
         self._version = max((*self._versions.values(), *there), default=0)  # no name is given twice
 
     def close(self) -> None:
@@ -198,10 +203,9 @@ def memory_bytes(records: RecordDict) -> bytes:
         arrays = {name: t.detach().contiguous().numpy() for name, t in packet.tensors.items()}
     else:
         head = {"format": _FORMAT, "records": [_words(name, record) for name, record in records.items()]}
-        lists = {name: record for name, record in records.items() if isinstance(record, ArrayRecord)}
-        arrays = {
-            f"{n}/{key}": np.frombuffer(a.data, np.uint8) for n, record in lists.items() for key, a in record.items()
-        }
+        lists = [(n, record) for n, record in enumerate(records.values()) if isinstance(record, ArrayRecord)]
+        named = ((f"{n}/{k}", array) for n, record in lists for k, array in enumerate(record.values()))
+        arrays = {name: np.frombuffer(array.data, np.uint8) for name, array in named}
     return save(arrays, {_HEAD: json.dumps(head)})  # one entry: the library writes several in any order
 
 
@@ -225,15 +229,15 @@ def _packet_of(records: RecordDict) -> Packet | None:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, bytes):
-        return _BYTES + base64.b64encode(value).decode()
+        return {_BYTES: base64.b64encode(value).decode()}
     if isinstance(value, list):
         return [_plain(v) for v in value]
     return value
 
 
 def _unplain(value: Any) -> Any:
-    if isinstance(value, str) and value.startswith(_BYTES):
-        return base64.b64decode(value[len(_BYTES) :])
+    if isinstance(value, dict):
+        return base64.b64decode(value[_BYTES])
     return [_unplain(v) for v in value] if isinstance(value, list) else value
 
 
@@ -263,11 +267,11 @@ def _records(data: bytes) -> RecordDict:
         tensors = {name: torch.from_numpy(np.require(parts[name], requirements="W")) for name in head["order"]}
         return encode(Packet(head["kind"], tensors))
     out = RecordDict()
-    for name, kind, content in head["records"]:
+    for n, (name, kind, content) in enumerate(head["records"]):
         if kind == "array":
             out[name] = ArrayRecord()
-            for key, dtype, shape, stype in content:
-                raw = parts[f"{name}/{key}"].tobytes()
+            for k, (key, dtype, shape, stype) in enumerate(content):
+                raw = parts[f"{n}/{k}"].tobytes()
                 out[name][key] = Array(dtype=dtype, shape=tuple(shape), stype=stype, data=raw)  # type: ignore[assignment]
         else:
             values = {key: _unplain(value) for key, value in content.items()}
