@@ -27,7 +27,7 @@ test: $(VENV)/.installed-dev ## install what the tests need, run them
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 check: $(VENV)/.installed-dev ## lint, formatting, types, import rules
-	$(BIN)/ruff check
+	$(BIN)/ruff check --no-cache
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports

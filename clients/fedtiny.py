@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from fedsparse.nested import passed_mask
 from torch import Tensor
 
 from fedsparse.candidates import Candidates, receive_candidates, selection_costs
@@ -20,6 +19,7 @@ from fedsparse.errors import UserError, unknown
 from fedsparse.globalmask import MaskedClient, Received, prunable, receive
 from fedsparse.masked import network, score_masked
 from fedsparse.models.norms import BatchStatistics, read_statistics, with_statistics
+from fedsparse.nested import passed_mask
 from fedsparse.packet import Packet, Scalar
 from fedsparse.regrow import gradient_tensors, named_counts, search
 from fedsparse.seeding import torch_rng

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from personal import HERE, command, one_run, write
@@ -66,3 +66,14 @@ def by_round(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     evaluated = sorted({row["round"] for row in rows if row["personal"] is not None})
     groups = {i: [row for row in rows if row["round"] == i] for i in evaluated}
     return [{"round": i, **{p: accuracy(group, p)["weighted"] for p in POINTS}} for i, group in groups.items()]
+
+
+def rows(found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
+    """The rows of a table: a name, and its runs, one a seed."""
+    names = list(dict.fromkeys(_name(e) for e in found))
+    for name in names:
+        yield name, sorted((e for e in found if _name(e) == name), key=lambda e: e["seed"])
+
+
+def _name(entry: Entry) -> str:
+    return " ".join([entry["key"], *entry["extra"]])

@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from kept import load, once
+from kept import Entry, load, once, rows
 from personal import HERE, command, one_run, print_row, spread, write
 
 import fedsparse
@@ -164,11 +164,9 @@ def table() -> None:
         print(f"    {e['command']}")
 
 
-def lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+def lines(found: list[Entry]) -> Iterator[tuple[str, str, list[Entry]]]:
     """What makes a row: its name, the point of evaluation, and the runs, one a seed."""
-    names = list(dict.fromkeys(" ".join([e["key"], *e["extra"]]) for e in found))
-    for name in names:
-        entries = sorted((e for e in found if " ".join([e["key"], *e["extra"]]) == name), key=lambda e: e["seed"])
+    for name, entries in rows(found):
         for point in POINTS:
             if entries[0]["accuracy"][point]["weighted"] is not None:
                 yield name, point, entries

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kept import Entry, load, once
+from kept import Entry, load, once, rows
 from personal import command, one_run, print_row, spread, write
 
 import fedsparse
@@ -114,7 +114,7 @@ def table() -> None:
     print_row([*heads, "largest round GFLOP", "TFLOP in all", "memory MB", "minutes"])
     print_row(["---"] * 11)
     found = load(FINAL)
-    for name, entries in lines(found):
+    for name, entries in rows(found):
         first = entries[0]
         total = sum(first["bytes"][key] for key in ("up_total", "down_total"))
         scores = spread([{"deployed": deployed_accuracy(e)} for e in entries], "deployed")
@@ -136,13 +136,6 @@ def table() -> None:
     print()
     for e in found:
         print(f"    {e['command']}")
-
-
-def lines(found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
-    """What makes a row: its name, and the runs, one a seed."""
-    names = list(dict.fromkeys(" ".join([e["key"], *e["extra"]]) for e in found))
-    for name in names:
-        yield name, sorted((e for e in found if " ".join([e["key"], *e["extra"]]) == name), key=lambda e: e["seed"])
 
 
 def main() -> None:
