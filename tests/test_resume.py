@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,37 +293,47 @@ def test_what_else_a_run_has_is_the_same_too(method: str, more: tuple[str, ...],
     assert again.summary["novel"] == whole.summary["novel"]
 
 
-DIES = """
-import os, sys
-from fedsparse.experiment import load_experiment
-from fedsparse.runner import resume, run
-what, at = sys.argv[3], int(sys.argv[4])
-plain, seen = getattr(os, what), []
-def counted(*args, **kwargs):
-    seen.append(1)
-    if len(seen) == at:
-        os._exit(9)
-    return plain(*args, **kwargs)
-setattr(os, what, counted)
-run(load_experiment(sys.argv[1]), out=sys.argv[2])
-"""
+def in_a_child(work: Callable[[], object]) -> int:
+    """Do it in a forked process, which starts at once; its exit code, 1 for an exception."""
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def dying_at(what: str, at: int, made: Experiment, folder: Path) -> None:
+    """A run whose process ends at the so-manieth call of that function of ``os``."""
+    plain, seen = getattr(os, what), list[int]()
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(1)
+        if len(seen) == at:
+            os._exit(9)
+        return plain(*args, **kwargs)
+
+    setattr(os, what, counted)
+    run(made, out=folder)
 
 
 @pytest.mark.parametrize("what", ["replace", "rename", "fsync", "unlink"])
 def test_death_between_any_two_writes_loses_nothing(what: str, tmp_path: Path) -> None:
     """The process ends at the k-th rename, flush or deletion; whatever checkpoint there is leads to the same end."""
-    whole = run(experiment("pfedgate", "engine.memory_mb=1"), out=tmp_path / "whole")
+    made = experiment("pfedgate", "engine.memory_mb=1")
+    whole = run(made, out=tmp_path / "whole")
     deaths = 0
     for at in (2, 7, 13, 26):
         folder = tmp_path / f"{what}{at}"
-        args = [str(whole.directory / "config.toml"), str(folder), what, str(at)]
-        code = subprocess.run([sys.executable, "-c", DIES, *args], check=False).returncode
+        code = in_a_child(partial(dying_at, what, at, made, folder))
         assert code in (0, 9)
         deaths += code == 9
         if (folder / "summary.json").exists():
             assert json.loads((folder / "summary.json").read_text())["digest"] == whole.summary["digest"]
-            continue
-        if list((folder / "checkpoint").glob("[0-9]*")):
+        elif list((folder / "checkpoint").glob("[0-9]*")):
             same_run(whole, resume(folder))
         else:  # it died before the first one was there
             with pytest.raises(UserError, match="no checkpoint to go on from|is no run folder"):
@@ -331,15 +342,16 @@ def test_death_between_any_two_writes_loses_nothing(what: str, tmp_path: Path) -
 
 
 def test_a_run_at_work_is_left_alone(tmp_path: Path) -> None:
-    said: list[str] = []
+    refused: list[int] = []
 
-    def on_round(report: dict[str, Any]) -> None:
-        code = f"from fedsparse.runner import resume\nresume({str(tmp_path / 'run')!r})"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        said.append(done.stderr.strip().splitlines()[-1])
+    def another() -> None:
+        with pytest.raises(UserError, match="another process is at work on the run"):
+            resume(tmp_path / "run")
 
-    done = run(experiment("fedavg", "rounds=2"), out=tmp_path / "run", on_round=on_round)
-    assert all("another process is at work on the run" in line for line in said) and len(said) == 2
+    done = run(
+        experiment("fedavg", "rounds=2"), out=tmp_path / "run", on_round=lambda _: refused.append(in_a_child(another))
+    )
+    assert refused == [0, 0]
     assert not (done.directory / ".lock").exists()
 
 
