@@ -78,13 +78,13 @@ def test_the_digest_is_that_of_the_local_engine(name: str, shared: RayGrid, loca
     assert end_of(name, shared) == local(name)
 
 
-def test_any_number_of_workers_any_order_and_little_memory(local: Callable[[str], str]) -> None:
-    for workers, sizes in ((1, None), (3, {0: 1.0, 5: 9.0, 3: 4.0})):
-        with (
-            MemoryStore(None, 1) as store,
-            RayGrid(app, CLIENTS, workers=workers, own_replies=False, store=store, sizes=sizes) as grid,
-        ):
-            assert end_of("pfedgate", grid) == local("pfedgate")
+def test_another_number_of_workers_another_order_and_little_memory(local: Callable[[str], str]) -> None:
+    sizes = {0: 1.0, 5: 9.0, 3: 4.0}
+    with (
+        MemoryStore(None, 1) as store,
+        RayGrid(app, CLIENTS, workers=3, own_replies=False, store=store, sizes=sizes) as grid,
+    ):
+        assert end_of("pfedgate", grid) == local("pfedgate")
 
 
 # --- what dies -------------------------------------------------------------------------------------------------------
@@ -109,11 +109,11 @@ def dying(folder: Path, times: int) -> ClientApp:
     return wrapped
 
 
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_worker_that_dies_is_replaced(times: int, tmp_path: Path, local: Callable[[str], str]) -> None:
-    with RayGrid(partial(dying, tmp_path, times), CLIENTS, workers=2, own_replies=False) as grid:
+def test_a_worker_that_dies_is_replaced(tmp_path: Path, local: Callable[[str], str]) -> None:
+    """Twice, at the same client."""
+    with RayGrid(partial(dying, tmp_path, 2), CLIENTS, workers=2, own_replies=False) as grid:
         assert end_of("pfedgate", grid) == local("pfedgate")
-    assert len(list(tmp_path.iterdir())) == times
+        assert grid.lost == len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_client_that_kills_every_worker_is_named(tmp_path: Path) -> None:
@@ -195,21 +195,20 @@ def test_a_run_and_verify_on_ray(tmp_path: Path) -> None:
     assert len(clients) == 3 and decode(asked.content).scalars["id"] == 1
 
 
-@pytest.mark.parametrize("name", ["OutOfMemoryError", "WorkerCrashedError", "LocalRayletDiedError"])
-def test_other_ways_to_die_are_deaths_too(
-    name: str, monkeypatch: pytest.MonkeyPatch, local: Callable[[str], str]
-) -> None:
-    """As Ray's memory monitor kills, which a test cannot provoke: the first answer is an error of that class."""
-    plain, seen = ray.get, list[int]()
+def test_other_deaths(monkeypatch: pytest.MonkeyPatch, local: Callable[[str], str]) -> None:
+    """As Ray's memory monitor kills, which a test cannot provoke: three answers are errors of such classes."""
+    plain, left = ray.get, ["OutOfMemoryError", "WorkerCrashedError", "LocalRayletDiedError"]
+    answers: list[int] = []
 
     def get(ref: Any, **kwargs: Any) -> Any:
         found = plain(ref, **kwargs)
-        if isinstance(found, tuple) and len(found) == 3 and not seen:
-            seen.append(1)
-            raise getattr(ray.exceptions, name)("killed")
+        if isinstance(found, tuple) and len(found) == 3:
+            answers.append(1)
+            if len(answers) % 2 and left:  # the same list comes through at its second try
+                raise getattr(ray.exceptions, left.pop())("killed")
         return found
 
-    with RayGrid(app, CLIENTS, workers=2, own_replies=False) as grid:
+    with RayGrid(app, CLIENTS, workers=1, own_replies=False) as grid:
         monkeypatch.setattr(ray, "get", get)
         assert end_of("fedavg", grid) == local("fedavg")
-        assert grid.lost == 1
+        assert grid.lost == 3
