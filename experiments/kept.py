@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from personal import HERE, command, one_run, write
 
+from fedsparse.errors import UserError
 from fedsparse.experiment import load_experiment
 from fedsparse.report.summary import accuracy
 from fedsparse.rows import POINTS
@@ -73,6 +75,16 @@ def rows(found: list[Entry]) -> Iterator[tuple[str, list[Entry]]]:
     names = list(dict.fromkeys(_name(e) for e in found))
     for name in names:
         yield name, sorted((e for e in found if _name(e) == name), key=lambda e: e["seed"])
+
+
+def command_line(parser: argparse.ArgumentParser, work: Mapping[str, Callable[[argparse.Namespace], None]]) -> None:
+    """Do what the first argument names; an error that the user can mend is one line."""
+    parser.add_argument("what", choices=tuple(work))
+    args = parser.parse_args()
+    try:
+        work[args.what](args)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def _name(entry: Entry) -> str:

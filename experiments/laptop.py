@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from kept import Entry, load, once, rows
+from kept import Entry, command_line, load, once, rows
 from personal import HERE, command, one_run, print_row, spread, write
 
 import fedsparse
@@ -175,20 +175,17 @@ def lines(found: list[Entry]) -> Iterator[tuple[str, str, list[Entry]]]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("tune", "final", "table"))
     parser.add_argument("--only", nargs="+", default=["fedavg_ft", "local"], help="keys of runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="for final")
     parser.add_argument("--set", nargs="+", default=[], help="settings for all of the runs, key=value")
-    args = parser.parse_args()
-    try:
-        if args.what == "tune":
-            tune(args.only, args.set)
-        elif args.what == "final":
-            final(args.only, args.seeds, args.set)
-        else:
-            table()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(
+        parser,
+        {
+            "tune": lambda args: tune(args.only, args.set),
+            "final": lambda args: final(args.only, args.seeds, args.set),
+            "table": lambda _: table(),
+        },
+    )
 
 
 if __name__ == "__main__":

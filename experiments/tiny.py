@@ -16,7 +16,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kept import Entry, load, once, rows
+from kept import Entry, command_line, load, once, rows
 from personal import command, one_run, print_row, spread, write
 
 import fedsparse
@@ -141,21 +141,18 @@ def table() -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("tune", "final", "table"))
     parser.add_argument("--only", nargs="+", default=["dense", *METHODS, *NARROW], help="methods")
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES), help="nominal")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="for final")
     parser.add_argument("--set", nargs="+", default=[], help="for final: settings for all of the runs, key=value")
-    args = parser.parse_args()
-    try:
-        if args.what == "tune":
-            tune(args.only, args.densities)
-        elif args.what == "final":
-            final(args.only, args.densities, args.seeds, args.set)
-        else:
-            table()
-    except UserError as error:
-        raise SystemExit(f"error: {error}") from None
+    command_line(
+        parser,
+        {
+            "tune": lambda args: tune(args.only, args.densities),
+            "final": lambda args: final(args.only, args.densities, args.seeds, args.set),
+            "table": lambda _: table(),
+        },
+    )
 
 
 if __name__ == "__main__":

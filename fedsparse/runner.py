@@ -44,6 +44,7 @@ from fedsparse.report.summary import Facts, summarise
 from fedsparse.rows import Onboarding
 from fedsparse.seeding import seed_of
 from fedsparse.sgd import optimizer_copies
+from fedsparse.sources import BITS
 from fedsparse.sparse.representation import crossovers, prepare, why_dense
 from fedsparse.strategy import FederatedStrategy, Plan, State
 from fedsparse.task import Client, Score, Split, Task
@@ -52,7 +53,6 @@ OnRound = Callable[[dict[str, Any]], None]
 _ROWS = "clients.jsonl"  # the clients' rows while the run goes on; then they are ``clients.parquet``
 _HISTORY = ("rounds.jsonl", _ROWS)
 _LOCK = ".lock"  # who writes into a run folder holds it
-_BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
 _PACKAGES = ("fedsparse", "torch", "numpy", "numba", "flwr")
 _BIG = 2**31 - 1  # a whole number that takes as many bytes as any count of examples
@@ -159,16 +159,25 @@ class _Job:
 
 def _job(experiment: Experiment) -> _Job:
     """Refuses what cannot be met, before anything is written."""
-    method = load_method(experiment.method, experiment.client)
-    strategy = build(method, experiment.hyper)
-    hyper = strategy.client_config
-    federation = federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper)
+    method, strategy, federation = _built(experiment)
     devices, plan = [client.device for client in federation.clients], _plan(experiment, federation.novel)
     strategy.server_data = federation.server
     strategy.server_source = "public" if experiment.partition.public else "holdout"
     state = strategy.first_state(federation.task, devices, plan, experiment.rounds)
     federation = _noted(federation, strategy.notes(federation.task, devices))
     return _Job(experiment, method, strategy, federation, plan, state)
+
+
+def _built(experiment: Experiment) -> tuple[Method, FederatedStrategy, Federation]:
+    """The method, and what it trains: the same in every process that runs the experiment."""
+    method = load_method(experiment.method, experiment.client)
+    strategy = build(method, experiment.hyper)
+    hyper = strategy.client_config
+    return (
+        method,
+        strategy,
+        federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper),
+    )
 
 
 def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: float, found: Checkpoint | None) -> Run:
@@ -185,7 +194,6 @@ def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: fl
             checkpoints.take_up(found)
             store.restore(found.memories)
             record.read()
-
         elif engine.checkpoint_every:
             unpacked(*packed(state))  # a state that cannot be kept is refused before the first round
 
@@ -234,10 +242,7 @@ def _grid(job: _Job, directory: Path, store: MemoryStore) -> OwnGrid:
 
 def _app_of(config: str) -> ClientApp:
     """The clients of a resolved experiment, in another process: everything is loaded there."""
-    experiment = from_dict(tomllib.loads(config))
-    strategy = build(load_method(experiment.method, experiment.client), experiment.hyper)
-    hyper = strategy.client_config
-    federation = federation_of(experiment, masked_batch=_batch(hyper) if strategy.masked else 0, config=hyper)
+    _, _, federation = _built(from_dict(tomllib.loads(config)))
     return client_app(federation.task, federation.clients.__getitem__)
 
 
@@ -491,7 +496,7 @@ def _config(experiment: Experiment, method: Method, federation: Federation) -> s
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "commit": _commit(),
         **{name: version(name) for name in _PACKAGES if name != "numba" or find_spec(name)},
-        **{name: os.environ[name] for name in _BITS if name in os.environ},
+        **{name: os.environ[name] for name in BITS if name in os.environ},
     }
     return toml_text(resolved) + "\n" + toml_text({"resolved": facts})
 

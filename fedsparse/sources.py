@@ -1,4 +1,4 @@
-"""A digest of the source code, so that server and clients in different processes notice that they differ."""
+"""What must be the same where server and clients are different processes: the source code, and what changes bits."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
 _PACKAGES = ("fedsparse", "strategies", "clients")
 
 

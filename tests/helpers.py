@@ -24,24 +24,30 @@ def small_task(model: str = "mlp", seed: int = 0, shape: tuple[int, ...] = SHAPE
         return Task(build_model(model, shape, CLASSES, width=4), shape, CLASSES, seed)
 
 
+def chain_task(layers: dict[str, nn.Module]) -> Task:
+    """A task whose model has these layers one after the other."""
+    model = nn.Sequential()
+    for name, layer in layers.items():
+        model.add_module(name, layer)
+    return Task(model, SHAPE, CLASSES, 0)
+
+
 def norm_task() -> Task:
     """A chain with batch norm, small enough for every test."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = {
-            "conv1": nn.Conv2d(1, 16, 3, padding=1),
-            "bn1": nn.BatchNorm2d(16),
-            "relu1": nn.ReLU(),
-            "pool1": nn.MaxPool2d(2),
-            "flatten": nn.Flatten(),
-            "fc1": nn.Linear(256, 128),
-            "relu2": nn.ReLU(),
-            "output": nn.Linear(128, CLASSES),
-        }
-        model = nn.Sequential()
-        for name, layer in layers.items():
-            model.add_module(name, layer)
-        return Task(model, SHAPE, CLASSES, 0)
+        return chain_task(
+            {
+                "conv1": nn.Conv2d(1, 16, 3, padding=1),
+                "bn1": nn.BatchNorm2d(16),
+                "relu1": nn.ReLU(),
+                "pool1": nn.MaxPool2d(2),
+                "flatten": nn.Flatten(),
+                "fc1": nn.Linear(256, 128),
+                "relu2": nn.ReLU(),
+                "output": nn.Linear(128, CLASSES),
+            }
+        )
 
 
 def dropout_task() -> Task:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -27,7 +28,6 @@ from fedsparse.verify import engines_of, verify
 from tests.helpers import norm_task, small_clients
 from tests.test_contract import METHODS, halves
 
-ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
 
 

@@ -23,7 +23,7 @@ from fedsparse.sparse.masks import whole
 from fedsparse.sparse.positions import unpack_positions
 from fedsparse.strategy import FederatedStrategy, Plan, Reply
 from fedsparse.task import Budget, Client, Device, Task
-from tests.helpers import CLASSES, SHAPE, exchanged_by_hand, norm_task, small_clients, started
+from tests.helpers import CLASSES, chain_task, exchanged_by_hand, norm_task, small_clients, started
 from tests.test_contract import halves
 from tests.test_fine_tuning import MASKED
 
@@ -44,27 +44,25 @@ def deep_task() -> Task:
     """Four layers that may be pruned, batch and group norm, and a layer so small that it may stay whole."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = {
-            "conv1": nn.Conv2d(1, 8, 3, padding=1),
-            "bn1": nn.BatchNorm2d(8),
-            "relu1": nn.ReLU(),
-            "conv2": nn.Conv2d(8, 8, 1),
-            "bn2": nn.BatchNorm2d(8),
-            "relu2": nn.ReLU(),
-            "conv3": nn.Conv2d(8, 16, 3, padding=1),
-            "gn": nn.GroupNorm(2, 16),
-            "relu3": nn.ReLU(),
-            "pool": nn.MaxPool2d(2),
-            "flatten": nn.Flatten(),
-            "fc1": nn.Linear(256, 64),
-            "relu4": nn.ReLU(),
-            "fc2": nn.Linear(64, 64),
-            "output": nn.Linear(64, CLASSES),
-        }
-        model = nn.Sequential()
-        for name, layer in layers.items():
-            model.add_module(name, layer)
-        return Task(model, SHAPE, CLASSES, 0)
+        return chain_task(
+            {
+                "conv1": nn.Conv2d(1, 8, 3, padding=1),
+                "bn1": nn.BatchNorm2d(8),
+                "relu1": nn.ReLU(),
+                "conv2": nn.Conv2d(8, 8, 1),
+                "bn2": nn.BatchNorm2d(8),
+                "relu2": nn.ReLU(),
+                "conv3": nn.Conv2d(8, 16, 3, padding=1),
+                "gn": nn.GroupNorm(2, 16),
+                "relu3": nn.ReLU(),
+                "pool": nn.MaxPool2d(2),
+                "flatten": nn.Flatten(),
+                "fc1": nn.Linear(256, 64),
+                "relu4": nn.ReLU(),
+                "fc2": nn.Linear(64, 64),
+                "output": nn.Linear(64, CLASSES),
+            }
+        )
 
 
 def clients_of(budgets: Sequence[float | None]) -> tuple[Client, ...]:

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import ray
 
 from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.ray import RayGrid
 from fedsparse.errors import UserError
 from tests.test_engine_ray import CLIENTS, app, end_of
 
-ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -123,8 +124,9 @@ def test_kill_minus_nine(workers: int, tmp_path: Path) -> None:
         f"run(made, out={str(folder)!r})"
     )
     child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    while child.poll() is None and not (folder / "checkpoint" / "000003").exists():
-        pass
+    deadline = time.monotonic() + 60
+    while child.poll() is None and not (folder / "checkpoint" / "000003").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
     assert child.poll() is None, "it ended before it could be killed"
     child.send_signal(signal.SIGKILL)
     child.wait()
@@ -227,7 +229,7 @@ def test_a_full_disk_stops_with_a_clear_line_and_loses_nothing(tmp_path: Path) -
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", small], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
+        pytest.skip("a tmpfs cannot be mounted here, although we are root (a container?)")
     try:
         with pytest.raises(UserError, match="cannot be written: No space left on device"):
             run(experiment("pfedgate", "rounds=8"), out=small / "run")

@@ -24,7 +24,7 @@ from fedsparse.engine.shared import Buffer, Layout, lay, pick
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.packet import wire_bytes
-from fedsparse.sources import source_digest
+from fedsparse.sources import BITS, source_digest
 
 _LISTS_PER_WORKER = 4  # in a window; enough to even out unequal clients
 _WINDOW_JOBS = 64  # jobs a worker of a window, at most
@@ -33,7 +33,7 @@ _AHEAD = 2  # lists a worker has at hand
 _TRIES = 3  # of a list whose workers die
 _START_SECONDS, _REACH_SECONDS = 300.0, 5.0
 _NO_DEATHS = ("RuntimeEnvSetupError", "ActorUnschedulableError", "OutOfDiskError", "ObjectStoreFullError")
-_PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", "MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
+_PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", *BITS)
 
 
 @dataclass
