@@ -33,7 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
 
 @pytest.fixture(scope="module", autouse=True)
 def _running() -> Iterator[None]:
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    # "local": else it joins whatever Ray runs on this machine, such as that of the tests beside it
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()
 
