@@ -118,7 +118,8 @@ class FedTinyClient(MaskedClient):
 
     def _statistics(self, task: Task, client: Client, data: Split, params: Params, mask: Mask) -> Tensor:
         """(2, channels) running means and variances after passes in training mode; the same batches for all."""
-        own = {name: t.clone() if name in task.buffers else t for name, t in params.items()}
+        own = {name: t.clone() if name in task.buffers else t for name, t in task.placed(params).items()}
+        data = data.to(task.device)
         rng = torch_rng(task.seed, client.id, "calibrate")
         task.model.train(True)
         mean = BatchStatistics(task, own) if self.averaging == "cumulative" else None

@@ -51,10 +51,11 @@ class _Gate:
     """The gate in training: its tensors, leaves and momentum. Remembers the momentum only in mode official."""
 
     def __init__(self, gated: Gated, memory: Memory, *, lasting: bool, off: bool) -> None:
-        self.tensors = {name: t.clone() for name, t in gate_tensors(gated, memory).items()}
+        self.tensors = {name: t.clone() for name, t in gated.gate.placed(gate_tensors(gated, memory)).items()}
         self.leaves = [] if off else [self.tensors[name].requires_grad_() for name in gated.gate.trainable]
         self.lasting = lasting
-        self.velocity = [t.clone() for t in _part(memory, "gate_velocity/").values()] if lasting else []
+        before = gated.gate.placed(_part(memory, "gate_velocity/")) if lasting else {}
+        self.velocity = [t.clone() for t in before.values()]
         self.scores = memory.get("mask/scores")  # smoothed importances, (L,) float64
 
     def step(self, grads: tuple[Tensor, ...], *, lr: float, momentum: float, weight_decay: float, clip: float) -> None:
@@ -64,9 +65,9 @@ class _Gate:
 
     def memory(self) -> Memory:
         """What stays of it."""
-        kept = {f"gate/{name}": t.detach() for name, t in self.tensors.items()}
+        kept = {f"gate/{name}": t.detach().cpu() for name, t in self.tensors.items()}
         lasting = enumerate(self.velocity) if self.lasting else ()
-        kept |= {f"gate_velocity/{i:03d}": t for i, t in lasting}
+        kept |= {f"gate_velocity/{i:03d}": t.cpu() for i, t in lasting}
         return kept
 
 
@@ -118,7 +119,7 @@ class PFedGateClient(GatedClient):
         frozen: bool = False,
     ) -> None:
         """For each batch one backward pass and one step of the gate and, unless it is frozen, of the model."""
-        data = scene.client.train
+        data = scene.client.train.to(scene.task.device)
         alone = scene.gated.mean_example(data) if self.gate_input == "client" else None
         scene.task.model.train(True)
         for batch in batches(len(data), self.batch_size, epochs, rng):
@@ -183,8 +184,8 @@ class PFedGateClient(GatedClient):
         if self.open_gate or self.inference_mode == "client":
             kept, gates = self._client_wide(scene)
             work.use(kept)
-            return score(lambda x: self._logits(work.forward(gates, x)), data)
-        choice, gate = self._choice(scene), gate_tensors(scene.gated, scene.memory)
+            return score(lambda x: self._logits(work.forward(gates, x)), data, scene.task.device)
+        choice, gate = self._choice(scene), scene.gated.gate.placed(gate_tensors(scene.gated, scene.memory))
 
         def predict(x: Tensor) -> Tensor:
             parts = []
@@ -194,7 +195,7 @@ class PFedGateClient(GatedClient):
                 parts.append(work.forward(gates, chunk))
             return self._logits(torch.cat(parts))
 
-        return score(predict, data)
+        return score(predict, data, scene.task.device)
 
     def _client_wide(self, scene: _Scene) -> tuple[Bools, Tensor]:
         cut, choice = scene.gated.cut, self._choice(scene)
@@ -241,7 +242,7 @@ class PFedGateClient(GatedClient):
         work = cut.working(scene.task, _whole(scene), train=train)
         if train and self.mode == "official" and isinstance(work, FlatModel):
             work.lazy = False
-            work.velocity = [t.clone() for t in _part(scene.memory, "velocity/").values()]
+            work.velocity = [t.clone() for t in scene.task.placed(_part(scene.memory, "velocity/")).values()]
         return work
 
     def _held(self, gated: Gated) -> int | None:
@@ -261,7 +262,7 @@ class PFedGateClient(GatedClient):
         kept |= self._gate_memory(gate)
         kept["mask/used"] = torch.from_numpy(account.used / max(1, account.steps)).float()
         if self.mode == "official" and isinstance(work, FlatModel):
-            kept |= {f"velocity/{i:03d}": t for i, t in enumerate(work.velocity)}
+            kept |= {f"velocity/{i:03d}": t.cpu() for i, t in enumerate(work.velocity)}
         if self.mask_scope != "batch":
             kept |= self._next_mask(scene, choice, gate)
         return kept

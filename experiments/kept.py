@@ -88,4 +88,5 @@ def command_line(parser: argparse.ArgumentParser, work: Mapping[str, Callable[[a
 
 
 def _name(entry: Entry) -> str:
-    return " ".join([entry["key"], *entry["extra"]])
+    """The key and what was set besides; not on which device it was computed."""
+    return " ".join([entry["key"], *(setting for setting in entry["extra"] if not setting.startswith("device="))])

@@ -87,7 +87,8 @@ class Swapper:
         self.task.model.eval()
         work = self.cut.working(self.task, self.packet.tensors, train=False)
         work.use(kept)
-        found = score(lambda x: work.forward(values * torch.from_numpy(kept), x), client.held_out)
+        shut = values.cpu() * torch.from_numpy(kept)
+        found = score(lambda x: work.forward(shut, x), client.held_out, self.task.device)
         return found.correct / max(1, found.n)
 
     def _others(self, i: int) -> list[int]:

@@ -34,11 +34,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "prunefl_top": ("method=prunefl", "method.variant=top", "method.initial=magnitude"),
     "feddst": ("method=feddst",),
     "fedtiny": ("method=fedtiny",),
+    "fedtiny_erk": ("method=fedtiny", "method.layer_densities=erk"),
     "fedtiny_vanilla": ("method=fedtiny", "method.selection=vanilla"),
     "fedtiny_fixed": ("method=fedtiny", "method.progressive=false"),
     "fedtiny_vanilla_fixed": ("method=fedtiny", "method.selection=vanilla", "method.progressive=false"),
 }
 NARROW = ("narrow_parameters", "narrow_multiply_adds")
+DENSE_LR = 0.1
 RATES = (0.02, 0.05, 0.1)
 SHORT = ("rounds=30", "evaluate.every=3", "evaluate.split=validation")
 
@@ -46,10 +48,11 @@ SHORT = ("rounds=30", "evaluate.every=3", "evaluate.split=validation")
 def settings_of(method: str, density: float, seed: int) -> list[str]:
     """The settings of a run; those of a narrow control need the run ``erk`` of the same density and seed."""
     if method == "dense":
-        return ["method=fedavg"]
+        return ["method=fedavg", f"method.lr={DENSE_LR:g}"]
     if method in NARROW:
         equal = method.removeprefix("narrow_")
-        return ["method=fedavg", f"narrow={equal}", f"narrow_to={share_of(equal, density, seed)}"]
+        narrow_to = f"narrow_to={share_of(equal, density, seed)}"
+        return ["method=fedavg", f"narrow={equal}", narrow_to, f"method.lr={DENSE_LR:g}"]
     if method not in METHODS:
         raise unknown("method", method, ("dense", *NARROW, *METHODS))
     pool = [f"method.pool={max(2, round(0.1 / density))}"] if method.startswith("fedtiny") else []
@@ -70,13 +73,13 @@ def key_of(method: str, density: float) -> str:
     return method if method == "dense" else f"{method} {density:g}"
 
 
-def tune(methods: Iterable[str], densities: Iterable[float]) -> None:
+def tune(methods: Iterable[str], densities: Iterable[float], rates: Sequence[float], extra: Sequence[str]) -> None:
     """Global accuracy on validation data after half of the rounds, for each rate; nothing sees test data."""
     found: list[dict[str, Any]] = load(TUNE)
     for density in densities:
         for method in methods:
-            for lr in RATES:
-                settings = [*settings_of(method, density, 0), *SHORT, f"method.lr={lr:g}"]
+            for lr in rates:
+                settings = [*settings_of(method, density, 0), *SHORT, f"method.lr={lr:g}", *extra]
                 line = command(NAME, settings)
                 if line not in {t["command"] for t in found}:
                     trial = {"key": key_of(method, density), "lr": lr, "command": line, "accuracy": trial_of(settings)}
@@ -143,12 +146,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="+", default=["dense", *METHODS, *NARROW], help="methods")
     parser.add_argument("--densities", nargs="+", type=float, default=list(DENSITIES), help="nominal")
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES), help="learning rates, for tune")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="for final")
-    parser.add_argument("--set", nargs="+", default=[], help="for final: settings for all of the runs, key=value")
+    parser.add_argument("--set", nargs="+", default=[], help="settings for all of the runs, key=value")
     command_line(
         parser,
         {
-            "tune": lambda args: tune(args.only, args.densities),
+            "tune": lambda args: tune(args.only, args.densities, args.rates, args.set),
             "final": lambda args: final(args.only, args.densities, args.seeds, args.set),
             "table": lambda _: table(),
         },

@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from fedsparse.budget import BudgetConfig
 from fedsparse.data import PartitionConfig
+from fedsparse.devices import DEVICES
 from fedsparse.errors import UserError, unknown
 from fedsparse.method import hyper_parameters, load_method, method_names
 from fedsparse.sparse import CHOICES
@@ -85,7 +86,8 @@ class Experiment:
     dataset: a name of ``fedsparse list datasets`` or a path. model: "" = the data set's default. width: factor on
     channels and features, above 0. norm: "batch" or "group". narrow: "" or the dense control, a model narrowed to
     ``narrow_to`` (0, 1] of the "parameters" or the "multiply_adds" ("" = as it is). rounds: communication rounds.
-    fraction: of clients in a round, (0, 1]. device: "cpu", "cuda" or "auto". name: of the run folder.
+    fraction: of clients in a round, (0, 1]. device: where models are trained and scored, "cpu", "cuda" (a GPU,
+    through PyTorch's CUDA) or "auto" (a GPU where there is one). name: of the run folder.
     sparse: how layers under an element mask are computed: "dense", "sparse", or "auto" for what is faster at their
     density; crossover: for "auto", by layer the density from which on dense is faster ({} = measured, once a machine).
     client: a client half to put under the method's server half. method: a name, ``pkg.module:Class`` or a file;
@@ -123,7 +125,7 @@ class Experiment:
         _check_share("narrow_to", self.narrow_to)
         _check_choice("norm", self.norm, ("batch", "group"))
         _check_choice("narrow", self.narrow, ("", "parameters", "multiply_adds"))
-        _check_choice("device", self.device, ("cpu", "cuda", "auto"))
+        _check_choice("device", self.device, DEVICES)
         _check_choice("sparse", self.sparse, CHOICES)
         crossover = {name: _coerce(f"crossover.{name}", value, float) for name, value in self.crossover.items()}
         object.__setattr__(self, "crossover", crossover)

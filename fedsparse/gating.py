@@ -83,11 +83,11 @@ class Choice:
         """
         cut = self.gated.cut
         if self.open:
-            return cut.everything, torch.ones(cut.blocks), None
+            return cut.everything, torch.ones(cut.blocks, device=x.device), None
         with self.gated.gate.bound(gate) as network:
             network.train(len(x) > 1)
             scale, importance = network(x)
-        fresh = importance.detach().double()
+        fresh = importance.detach().double().cpu()
         scores = fresh if scores is None else self.smoothing * scores + (1 - self.smoothing) * fresh
         kept = self.fixed
         if kept is None:
@@ -109,7 +109,7 @@ class Choice:
         scale, importance = self.gated.client_gates(gate, data, per_client=per_client)
         kept = self.fixed
         if kept is None:
-            kept = self.kept(self._fixed_scores((importance if scores is None else scores).numpy()))
+            kept = self.kept(self._fixed_scores((importance if scores is None else scores).cpu().numpy()))
         return kept, self.shut(kept, scale)
 
     def first(self) -> Bools:
@@ -121,16 +121,16 @@ class Choice:
         with torch.no_grad(), self.gated.gate.bound(gate) as network:
             network.eval()
             scale, importance = network(x)
-        kept = self.kept(self._fixed_scores(importance.double().numpy()))
+        kept = self.kept(self._fixed_scores(importance.double().cpu().numpy()))
         return kept, self.shut(kept, scale)
 
     def shut(self, kept: Bools, scale: Tensor) -> Tensor:
         """The gate values with those of dropped blocks at 0."""
-        return scale * torch.from_numpy(kept)
+        return scale * torch.from_numpy(kept).to(scale.device)
 
     def _values(self, kept: Bools, scale: Tensor, importance: Tensor) -> Tensor:
         """M' = M * (I - sg(G) + G), App. A; 0 in value where dropped."""
-        held = torch.from_numpy(kept)
+        held = torch.from_numpy(kept).to(scale.device)
         if self.score != "learned" or (self.gated.layout.mode == "official" and self.density in (None, 1.0)):
             return scale * held
         if self.gated.layout.mode == "official":

@@ -31,7 +31,8 @@ def network(
 ) -> Iterator[Network]:
     """The task's model as a function from inputs to logits that reads ``params`` (compact under ``mask``) at each call.
 
-    Its mode is that of ``task.model``; in training mode running statistics among ``params`` are updated in place.
+    ``params`` and inputs are on the task's device, masks anywhere. Its mode is that of ``task.model``; in training mode
+    running statistics among ``params`` are updated in place.
     shows: by weight, what gets its dense gradient in every backward pass, piece by piece: the first flat position, and
     the gradients of the positions from there on, whether they are kept or not.
     """
@@ -45,6 +46,7 @@ def network(
         yield lambda x: executor.logits(params, x, train=task.model.training, shows=layers)
         return
     dense = {name: t for name, t in params.items() if name not in mask}
+    mask = task.placed(mask)
 
     def forward(x: Tensor) -> Tensor:
         weights = {name: spread(params[name], kept, task.shapes[name]) for name, kept in mask.items()}
@@ -104,8 +106,8 @@ def _executor(task: Task, params: Mapping[str, Tensor], mask: Mask) -> Executor 
 def score_masked(task: Task, params: Mapping[str, Tensor], mask: Mask, data: Split) -> Score:
     """Accuracy and loss of compact ``params`` on ``data``, as :meth:`Task.score`."""
     task.model.eval()
-    with network(task, params, mask) as predict:
-        return score(predict, data)
+    with network(task, task.placed(params), mask) as predict:
+        return score(predict, data, task.device)
 
 
 def top_gradients(
@@ -123,7 +125,8 @@ def top_gradients(
     positions and (a,) signed float32 gradients; of equals the lowest position.
     (FedTiny, arXiv 2212.01977: what a device uploads in an adjustment round.)
     """
-    own = {name: t.detach().clone() if name in task.buffers else t.detach() for name, t in params.items()}
+    own = {name: t.clone() if name in task.buffers else t.detach() for name, t in task.placed(params).items()}
+    batch = batch.to(task.device)
     over = {**mask, **(passed or {})}
     top = {name: _Top(over[name], a) for name, a in counts.items()}
     task.model.train(True)

@@ -30,6 +30,7 @@ from fedsparse.checkpoint import CLIENTS, Checkpoint, Checkpoints, packed, unpac
 from fedsparse.client import client_app
 from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops
 from fedsparse.data import FederatedData, federate, load_dataset
+from fedsparse.devices import compute_device
 from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.store import MemoryStore, sync
@@ -318,8 +319,6 @@ def federation_of(
     """
     data = federate(load_dataset(experiment.dataset), experiment.partition, experiment.seed)
     model_name = experiment.model or data.default_model
-    if experiment.device == "cuda":
-        raise UserError('device \'cuda\' is not supported yet; use "cpu" or "auto" (which is the cpu, for now)')
     task, notes = _task(experiment, data, model_name)
     if masked_batch or experiment.sparse != "auto":
         notes = (*notes, *_choose_representation(experiment, task, masked_batch))
@@ -357,7 +356,8 @@ def _floats(model: nn.Module) -> dict[str, Tensor]:
 
 def _choose_representation(experiment: Experiment, task: Task, batch: int) -> tuple[str, ...]:
     """Fix from which density on each layer is computed masked dense; a note where all of the model is."""
-    reason = why_dense(task.model, task.input_shape)
+    on_gpu = task.device.type != "cpu"
+    reason = "a GPU does so faster" if on_gpu else why_dense(task.model, task.input_shape)
     if reason:
         if experiment.sparse == "sparse":
             raise UserError(f'sparse = "sparse" is not possible for this model: {reason}; use "auto" or "dense"')
@@ -402,7 +402,21 @@ def _task(experiment: Experiment, data: FederatedData, name: str) -> tuple[Task,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(experiment.seed, "model"))  # torch's own initialisers know no other generator
         model = make(width)
-    return Task(model, data.input_shape, data.classes, experiment.seed, data.vocabulary, reference), notes
+    device = _device(experiment)
+    task = Task(
+        model, data.input_shape, data.classes, experiment.seed, data.vocabulary, reference=reference, device=device
+    )
+    return task, notes
+
+
+def _device(experiment: Experiment) -> torch.device:
+    """Where the run computes. Raises UserError for an engine whose workers cannot reach it."""
+    device, engine = compute_device(experiment.device), experiment.engine
+    if device.type == "cuda" and engine.kind == "local" and engine.workers > 1:
+        raise UserError("engine.workers > 1 of the local engine cannot share a GPU; use workers = 1, or engine 'ray'")
+    if device.type == "cuda" and engine.kind == "ray" and not engine.gpus_per_worker:
+        raise UserError("a Ray worker sees no GPU with engine.gpus_per_worker = 0; set a share above 0, or device cpu")
+    return device
 
 
 def _plan(experiment: Experiment, novel: tuple[int, ...]) -> Plan:
@@ -487,13 +501,15 @@ def _config(experiment: Experiment, method: Method, federation: Federation) -> s
     """The experiment with every default filled in, and what it was run with."""
     hyper = {**hyper_parameters(method), **experiment.hyper}
     crossover = federation.task.crossover if experiment.sparse == "auto" else {}
-    resolved = replace(experiment, model=federation.model, crossover=crossover).to_dict()
+    device = federation.task.device
+    resolved = replace(experiment, model=federation.model, crossover=crossover, device=device.type).to_dict()
     resolved["method"] = {"name": experiment.method, experiment.method: hyper}  # under its name: of no other method
     facts = {
         "clients": len(federation.clients),
         "notes": list(federation.notes),
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         "commit": _commit(),
         **{name: version(name) for name in _PACKAGES if name != "numba" or find_spec(name)},
         **{name: os.environ[name] for name in BITS if name in os.environ},

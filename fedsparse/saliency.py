@@ -32,17 +32,18 @@ def snip_scores(
     """
     if not len(data):
         raise UserError("there are no examples to score weights with")
-    weights = {name: _masked(params[name], at).requires_grad_() for name, at in kept.items()}
-    sums = [torch.zeros(w.shape, dtype=torch.float64) for w in weights.values()]
+    params = task.placed(params)
+    weights = {name: _masked(params[name], at).requires_grad_() for name, at in task.placed(kept).items()}
+    sums = [torch.zeros_like(w, dtype=torch.float64) for w in weights.values()]
     task.model.eval()
     with one_thread(), task.bound({**params, **weights}) as model, torch.enable_grad():
         for i in range(0, len(data), batch):
-            x, y = data.x[i : i + batch], data.y[i : i + batch]
+            x, y = (t[i : i + batch].to(task.device) for t in (data.x, data.y))
             grads = torch.autograd.grad(task.criterion(model(x), y), list(weights.values()), materialize_grads=True)
             for total, grad in zip(sums, grads, strict=True):
                 total.add_(grad.double(), alpha=len(y))
     found = zip(weights.items(), sums, strict=True)
-    scores = {name: saliency(w.detach(), (total / len(data)).float()) for (name, w), total in found}
+    scores = {name: saliency(w.detach(), (total / len(data)).float()).cpu() for (name, w), total in found}
     return {name: s.reshape(-1)[kept[name].long()] for name, s in scores.items()}
 
 
@@ -54,7 +55,7 @@ def flow_scores(task: Task, params: Mapping[str, Tensor], kept: Mask) -> dict[st
     """
     if task.tokens:
         raise UserError("SynFlow needs numeric inputs, this task's are tokens")
-    ones = torch.ones(1, *task.input_shape, dtype=torch.float64)
+    ones = torch.ones(1, *task.input_shape, dtype=torch.float64, device=task.device)
 
     def output(own: Mapping[str, Tensor]) -> Tensor:
         with task.bound(own) as model:
@@ -63,7 +64,8 @@ def flow_scores(task: Task, params: Mapping[str, Tensor], kept: Mask) -> dict[st
 
     task.model.eval()
     with one_thread(), _passed_by(task.model):
-        return synaptic_flow(output, params, kept)
+        flows = synaptic_flow(output, task.placed(params), task.placed(kept))
+    return {name: flow.cpu() for name, flow in flows.items()}
 
 
 def _masked(weight: Tensor, at: Tensor) -> Tensor:

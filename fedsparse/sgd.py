@@ -67,13 +67,15 @@ def sgd(
     are gradients, momentum and the result: what is not kept is neither stored nor touched.
     optimizer: one of :data:`OPTIMIZERS`. The arithmetic is that of ``torch.optim``, bit for bit.
     For a training in parts: order: the batches of this part, index tensors as of :func:`batches`; moments: the
-    optimiser's state, empty at first, for each tensor in ``task.trainable`` (twice for Adam), written in place; done:
+    optimiser's state, empty at first, for each tensor in ``task.trainable`` (twice for Adam), written in place, on the
+    task's device; done:
     steps of the parts before. squares: sees all gradients, before clipping. Raises UserError when the loss is not
     finite.
     """
-    own = {name: t.detach().clone() for name, t in params.items()}  # packets are shared: never train in them
+    own = {name: t.detach().clone().to(task.device) for name, t in params.items()}  # packets are shared: train in none
+    data = data.to(task.device)
     leaves = [own[name].requires_grad_() for name in task.trainable]
-    anchor = [params[name] for name in task.trainable] if proximal else []
+    anchor = [params[name].to(task.device) for name in task.trainable] if proximal else []
     state = [] if moments is None else moments
     order = batches(len(data), batch_size, epochs, rng) if order is None else order
     steps = samples = 0
@@ -94,7 +96,7 @@ def sgd(
                     step_(leaves, grads, state, lr=lr, momentum=momentum, weight_decay=weight_decay)
             total += finite(loss.item(), done + steps)
             steps, samples = steps + 1, samples + len(batch)
-    return Fit({name: t.detach() for name, t in own.items()}, steps, samples, total / max(1, steps))
+    return Fit({name: t.detach().cpu() for name, t in own.items()}, steps, samples, total / max(1, steps))
 
 
 def finite(loss: float, step: int) -> float:

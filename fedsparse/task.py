@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedsparse.devices import CPU
 from fedsparse.errors import UserError
 
 Params = dict[str, Tensor]
@@ -26,6 +27,10 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.y)
+
+    def to(self, device: torch.device) -> Split:
+        """The same examples on a device; itself where they are there."""
+        return self if self.x.device == device else Split(self.x.to(device), self.y.to(device))
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ class Task:
     reference: the dense model to which densities and costs are related, if ``model`` is a narrowed one.
     crossover: by the path of a layer, the density from which on it is computed masked dense; see
     :mod:`fedsparse.sparse.representation`.
+    device: where models are trained and scored. The template, packets, states, memories and data stay in main memory.
     """
 
     def __init__(
@@ -130,6 +136,7 @@ class Task:
         vocabulary: int = 0,
         reference: nn.Module | None = None,
         crossover: Mapping[str, float] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.model = model
         self.input_shape = input_shape
@@ -138,6 +145,7 @@ class Task:
         self.vocabulary = vocabulary
         self.reference = reference if reference is not None else model
         self.crossover = dict(crossover or {})
+        self.device = device
         _drop_batch_counters(model)
         self.trainable = tuple(name for name, _ in model.named_parameters())
         self.buffers = tuple(name for name, _ in model.named_buffers())
@@ -152,6 +160,10 @@ class Task:
     def init_params(self) -> Params:
         """The initial parameters and buffers, in the model's order; a copy that the caller owns."""
         return {name: t.detach().clone() for name, t in _named(self.model)}
+
+    def placed(self, tensors: Mapping[str, Tensor]) -> Params:
+        """The tensors on the task's device; the same objects where they are there."""
+        return {name: t.to(self.device) for name, t in tensors.items()}
 
     @contextmanager
     def bound(self, params: Mapping[str, Tensor]) -> Iterator[nn.Module]:
@@ -172,7 +184,10 @@ class Task:
                 table[key] = own
 
     def loss(self, params: Mapping[str, Tensor], x: Tensor, y: Tensor, *, train: bool) -> Tensor:
-        """Mean cross-entropy of a batch, a scalar. With ``train`` batch norm uses and updates its statistics."""
+        """Mean cross-entropy of a batch, a scalar. With ``train`` batch norm uses and updates its statistics.
+
+        All tensors must be on the task's device.
+        """
         self.model.train(train)
         with self.bound(params) as model:
             return self.criterion(model(x), y)
@@ -184,16 +199,16 @@ class Task:
     def score(self, params: Mapping[str, Tensor], data: Split) -> Score:
         """Accuracy and loss of ``params`` on ``data``, without gradients, in evaluation mode."""
         self.model.eval()
-        with self.bound(params) as model:
-            return score(model, data)
+        with self.bound(self.placed(params)) as model:
+            return score(model, data, self.device)
 
 
-def score(predict: Callable[[Tensor], Tensor], data: Split) -> Score:
-    """Right answers and mean loss of a function from inputs to logits, in batches of fixed size."""
+def score(predict: Callable[[Tensor], Tensor], data: Split, device: torch.device = CPU) -> Score:
+    """Right answers and mean loss of a function from inputs to logits, both on ``device``, in batches of fixed size."""
     correct, loss = 0, 0.0
     with torch.no_grad():
         for i in range(0, len(data), _SCORE_BATCH):
-            x, y = data.x[i : i + _SCORE_BATCH], data.y[i : i + _SCORE_BATCH]
+            x, y = (t[i : i + _SCORE_BATCH].to(device) for t in (data.x, data.y))
             logits = predict(x)  # (n, classes)
             correct += int((logits.argmax(1) == y).sum())
             loss += float(functional.cross_entropy(logits, y, reduction="sum"))

@@ -104,8 +104,8 @@ def token_shares(x: Tensor, vocabulary: int) -> Tensor:
 
     The mean of the one-hot tokens, without the (n, T, V) of them.
     """
-    counts = torch.zeros(len(x), vocabulary).scatter_add_(1, x, torch.ones(1).expand(x.shape))
-    return counts / x.shape[1]
+    one = torch.ones(1, device=x.device)
+    return one.new_zeros(len(x), vocabulary).scatter_add_(1, x, one.expand(x.shape)) / x.shape[1]
 
 
 def _pool2d(x: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -154,21 +154,21 @@ class Gated:
         """(1, ...): the mean of a client's inputs, as the gate reads them."""
         gate = self.gate.model
         assert isinstance(gate, Gate)
-        return gate.read(data.x).mean(0, keepdim=True)
+        return gate.read(data.x.to(self.gate.device)).mean(0, keepdim=True)
 
     def client_gates(self, gate: Mapping[str, Tensor], data: Split, *, per_client: bool) -> tuple[Tensor, Tensor]:
-        """(M float32, G float64), (L,) each: the gate in evaluation mode, averaged over the examples of ``data``.
+        """(M float32, G float64), (L,) each, on the gate's device: the gate in evaluation mode, averaged over examples.
 
         per_client: the gate of the one mean example instead (the paper's ablation "client-wise").
         """
-        scale = torch.zeros(self.cut.blocks, dtype=torch.float64)
+        scale = torch.zeros(self.cut.blocks, dtype=torch.float64, device=self.gate.device)
         importance = torch.zeros_like(scale)
         chunks = (self.mean_example(data),) if per_client else torch.split(data.x, _GATE_BATCH)
         n = sum(len(x) for x in chunks)
-        with torch.no_grad(), self.gate.bound(gate) as network:
+        with torch.no_grad(), self.gate.bound(self.gate.placed(gate)) as network:
             network.eval()
             for x in chunks:
-                m, g = network(x)
+                m, g = network(x.to(self.gate.device))
                 scale.add_(m.double(), alpha=len(x) / n)
                 importance.add_(g.double(), alpha=len(x) / n)
         return scale.float(), importance
@@ -217,7 +217,7 @@ def gated_model(task: Task, layout: Layout) -> Gated:
         )
     options = replace(layout.gate, vocabulary=task.vocabulary)
     gate = Gate(task.input_shape, cut.blocks, torch_rng(task.seed, "gate"), options)
-    template = Task(gate, task.input_shape, cut.blocks, task.seed)
+    template = Task(gate, task.input_shape, cut.blocks, task.seed, device=task.device)
     dense = sum(p.numel() for p in task.reference.parameters())
     layers = trace(task.model, task.input_shape, tokens=task.tokens)
     return Gated(layout, cut, template, gate.size, gate.macs, dense, layers)

@@ -36,7 +36,7 @@ def statistic_names(task: Task) -> tuple[list[str], list[str]]:
 def read_statistics(task: Task, params: Mapping[str, Tensor]) -> Tensor:
     """(2, channels): the running means and variances of all batch norms among ``params``, a copy."""
     rows = [torch.cat([params[name] for name in names] or [torch.empty(0)]) for names in statistic_names(task)]
-    return torch.stack(rows)
+    return torch.stack(rows).cpu()
 
 
 def with_statistics(task: Task, params: Mapping[str, Tensor], statistics: Tensor) -> Params:

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsparse.sparse.cut import Bools
 
 Params = dict[str, Tensor]
-Values = NDArray[np.float32]
 _ALL = ((0, 0, -1),)  # the one stretch of a dimension that is not cut
 
 
@@ -88,12 +86,12 @@ class ChannelRegion:
         for inside, outside in self._pieces(part, tensor):
             outside[...] = inside
 
-    def _pieces(self, part: Tensor, whole: Tensor) -> Iterator[tuple[Values, Values]]:
+    def _pieces(self, part: Tensor, whole: Tensor) -> Iterator[tuple[Any, Any]]:
         """The contiguous blocks of the part, each with its place in the whole.
 
-        As NumPy views, which are made and copied in half the time of PyTorch's.
+        In main memory as NumPy views, which are made and copied in half the time of PyTorch's.
         """
-        inside, outside = part.detach().numpy(), whole.detach().numpy()
+        inside, outside = _view(part), _view(whole)
         for a, b, n in _ALL if self.rows is None else self.rows.pairs:
             for c, d, m in _ALL if self.cols is None else self.cols.pairs:
                 yield inside[_cut(b, n, d, m)], outside[_cut(a, n, c, m)]
@@ -105,6 +103,11 @@ class ChannelRegion:
             if runs is not None:
                 shape[dim] = runs.length
         return tuple(shape)
+
+
+def _view(tensor: Tensor) -> Any:
+    plain = tensor.detach()
+    return plain.numpy() if plain.device.type == "cpu" else plain
 
 
 def _cut(row: int, rows: int, col: int, cols: int) -> tuple[slice, ...]:

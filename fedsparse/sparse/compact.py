@@ -32,7 +32,8 @@ class CompactModel(Working):
     """
 
     def __init__(self, cut: GroupCut, task: Task, params: Mapping[str, Tensor], *, train: bool) -> None:
-        self.params = {name: t.detach().clone() if train else t.detach() for name, t in params.items()}
+        placed = task.placed(params)
+        self.params = {name: t.detach().clone() if train else t.detach() for name, t in placed.items()}
         self.touched = np.zeros(cut.parts, bool)
         self.leaves: list[Tensor] = []
         self._cut = cut
@@ -62,7 +63,8 @@ class CompactModel(Working):
 
     def forward(self, gates: Tensor, x: Tensor) -> Tensor:
         assert self._selection is not None, "use() comes first"
-        parts = torch.split(gates.index_select(0, self._selection.gate_index), list(self._selection.gate_sizes))
+        entries = gates.to(x.device).index_select(0, self._selection.gate_index.to(x.device))
+        parts = torch.split(entries, list(self._selection.gate_sizes))
         scale = dict(zip(self._cut.scaled_axes, parts, strict=True))
         tensors = dict(self._tensors)
         for gated in (*self._cut.weights_gated, *chain(*self._cut.folded.values())):
@@ -97,7 +99,7 @@ class CompactModel(Working):
 
     def values(self) -> Tensor:
         self.flush()
-        return pack(self.params, self._cut, self.touched)
+        return pack(self.params, self._cut, self.touched).cpu()
 
 
 class _KeptModel(CompactModel):
@@ -108,7 +110,7 @@ class _KeptModel(CompactModel):
 
     def __init__(self, cut: GroupCut, task: Task, values: Tensor, kept: Bools) -> None:
         super().__init__(cut, task, {}, train=True)
-        self._buffer = values.detach().clone()
+        self._buffer = values.detach().clone().to(task.device)
         self.touched = cut.touched(kept)
         parts = {region.name: part for region, part in unpack(self._buffer, cut, self.touched, task.shapes)}
         self._tensors = {name: parts[name] for name in task.shapes if name in parts}
@@ -125,7 +127,7 @@ class _KeptModel(CompactModel):
         return
 
     def values(self) -> Tensor:
-        return self._buffer
+        return self._buffer.cpu()
 
 
 def kept_values(cut: GroupCut, task: Task, values: Tensor, kept: Bools) -> CompactModel:

@@ -309,7 +309,7 @@ class FlatModel(Working):
     def __init__(
         self, cut: FlatCut, task: Task, params: Mapping[str, Tensor], *, train: bool = True, lazy: bool = True
     ) -> None:
-        self.params = {name: _copy(t) if train else t.detach() for name, t in params.items()}
+        self.params = {name: _copy(t) if train else t.detach() for name, t in task.placed(params).items()}
         self.touched = np.zeros(cut.parts, bool)
         self.lazy = lazy
         self.velocity: list[Tensor] = []
@@ -328,7 +328,7 @@ class FlatModel(Working):
 
     def forward(self, gates: Tensor, x: Tensor) -> Tensor:
         tensors = self._cut.tensors
-        own = torch.split(gates, [len(tensor.sizes) for tensor in tensors])
+        own = torch.split(gates.to(x.device), [len(tensor.sizes) for tensor in tensors])
         gated = {t.name: _Gated.apply(w, g, t) for t, w, g in zip(tensors, self._weights, own, strict=True)}  # type: ignore[no-untyped-call]
         with self._task.bound({**self.params, **gated}) as network:
             logits: Tensor = network(x)
@@ -355,7 +355,7 @@ class FlatModel(Working):
         """Nothing to do: the leaves share their memory with ``params``."""
 
     def values(self) -> Tensor:
-        return pack(self.params, self._cut, self.touched)
+        return pack(self.params, self._cut, self.touched).cpu()
 
 
 def _copy(tensor: Tensor) -> Tensor:
@@ -399,7 +399,7 @@ class _Gated(torch.autograd.Function):
 
 def _scaled(values: Tensor, gates: Tensor, tensor: Chunked) -> Tensor:
     """Each chunk of ``values`` times its gate, (chunks,)."""
-    out = torch.empty(values.shape, dtype=values.dtype)
+    out = values.new_empty(values.shape)
     flat, result = values.reshape(-1), out.view(-1)
     for chunks, elements, size in tensor.runs:
         torch.mul(flat[elements].view(-1, size), gates[chunks].view(-1, 1), out=result[elements].view(-1, size))
