@@ -1,6 +1,6 @@
 """Time a round of the local engine against what no simulator can beat, and against Flower's own runtime.
 
-    python experiments/benchmarks/engine.py [--workloads A,B] [--rounds 20] [--flower] [--json FILE]
+    python experiments/benchmarks/engine.py [--workloads A,B] [--rounds 20] [--ray] [--flower] [--json FILE]
 
 Workload A: a CNN of two 5x5 convolutions (32, 64 channels), max-pools and a 512-unit layer on 28x28 inputs,
 100 clients of 60 examples, 10 a round. Workload B: MLP 784-128-10, 1,000 clients of 60 examples, 100 a round.
@@ -11,9 +11,12 @@ in random order; every process has one torch thread.
     forked     two forked processes, weights in shared memory           the floor of workers2
     workers1   fedsparse, local engine, in this process
     workers2   fedsparse, local engine, two worker processes
+    actors     two Ray actors, one call a round, partial sums come back (--ray)
+    ray2       fedsparse, Ray engine, two workers (--ray)
     flower     Flower's simulation runtime on two Ray actors (--flower; a separate process, paused in between)
 
-A ratio is the median over rounds of own time / floor's time in the same turn, with a 95 % bootstrap interval.
+A ratio is the median over rounds of own time / floor's time in the same turn, with a 95 % bootstrap interval. The
+floor of actors and ray2 is forked; ray2 is set beside workers2 too.
 Before timing, each client's parameters after its local round are compared bit by bit with the loop's.
 """
 
@@ -28,6 +31,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,10 +39,12 @@ os.environ.setdefault("MKL_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from flwr.clientapp import ClientApp
 from torch import Tensor
 from torch.nn import functional
 
 from fedsparse.client import client_app
+from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
 from fedsparse.method import build, load_method
 from fedsparse.models import build_model
@@ -163,17 +169,25 @@ class Forked:
 # --- fedsparse -------------------------------------------------------------------------------------------------------
 
 
-class Ours:
-    """FedAvg on the local engine."""
+def app_of(work: Workload) -> ClientApp:
+    """The workload's clients; a Ray worker makes them for itself."""
+    x, y = make_data(work)
+    data = [Split(x[rows_of(i)], y[rows_of(i)]) for i in range(work.clients)]
+    empty = Split(x[:0], y[:0])
+    clients = [Client(Device(i), split, empty, empty) for i, split in enumerate(data)]
+    return client_app(make_task(work), clients.__getitem__)
 
-    def __init__(self, work: Workload, x: Tensor, y: Tensor, workers: int) -> None:
+
+def local(work: Workload, workers: int) -> LocalGrid:
+    return LocalGrid(app_of(work), work.clients, workers=workers, own_replies=False)
+
+
+class Ours:
+    """FedAvg on one of our engines."""
+
+    def __init__(self, work: Workload, grid: OwnGrid) -> None:
         self.task = make_task(work)
-        data = [Split(x[rows_of(i)], y[rows_of(i)]) for i in range(work.clients)]
-        empty = Split(x[:0], y[:0])
-        clients = [Client(Device(i), split, empty, empty) for i, split in enumerate(data)]
-        self.grid = LocalGrid(
-            client_app(self.task, clients.__getitem__), work.clients, workers=workers, own_replies=False
-        )
+        self.grid = grid
         self.plan = Plan(seed=SEED, fraction=work.cohort / work.clients, evaluate_every=0)
         self._reports: Iterator[dict[str, object]] | None = None
 
@@ -205,6 +219,42 @@ def assert_same_bits(work: Workload, loop: Loop, ours: Ours) -> int:
             assert torch.equal(p.detach(), value), f"workload {work.name}: client {i} differs from the loop in {name}"
         count += 1
     return count
+
+
+# --- Ray -------------------------------------------------------------------------------------------------------------
+
+
+class Actors:
+    """Two Ray actors, each with half of the cohort in one call a round: what no engine over Ray can beat."""
+
+    def __init__(self, work: Workload) -> None:
+        import ray
+
+        self.ray, self.work = ray, work
+        self.weights = [p.detach().clone().numpy() for p in make_task(work).model.parameters()]
+        actor = ray.remote(_Actor).options(num_cpus=0)
+        self.hands = [actor.remote(work) for _ in range(2)]
+
+    def round(self, server_round: int) -> None:
+        cohort = sample_cohort(range(self.work.clients), self.work.cohort / self.work.clients, SEED, server_round)
+        weights = self.ray.put(self.weights)
+        calls = [hand.half.remote(server_round, cohort[k::2], weights) for k, hand in enumerate(self.hands)]
+        sums = self.ray.get(calls)
+        self.weights = [(a + b) / (EXAMPLES * len(cohort)) for a, b in zip(*sums, strict=True)]
+
+
+class _Actor:
+    def __init__(self, work: Workload) -> None:
+        torch.set_num_threads(1)
+        self.loop = Loop(work, *make_data(work))
+
+    def half(self, server_round: int, cohort: list[int], weights: list[np.ndarray]) -> list[np.ndarray]:
+        start = [torch.from_numpy(w.copy()) for w in weights]
+        sums = [torch.zeros_like(w) for w in start]
+        for i in cohort:
+            self.loop.client(i, server_round, start)
+            self.loop.add(sums)
+        return [s.numpy() for s in sums]
 
 
 # --- Flower's runtime ------------------------------------------------------------------------------------------------
@@ -296,14 +346,19 @@ def interval(values: list[float]) -> tuple[float, float]:
     return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
 
 
-def measure(work: Workload, rounds: int, flower: bool) -> dict[str, dict[str, object]]:
+def measure(work: Workload, rounds: int, *, over_ray: bool, flower: bool) -> dict[str, dict[str, object]]:
     """Median seconds a round of each runner, and the ratios to the floors."""
     x, y = make_data(work)
     x.share_memory_(), y.share_memory_()
-    floors = {"workers1": "loop", "workers2": "forked", "flower": "forked"}
-    runners = {"forked": Forked(work, x, y), "workers2": Ours(work, x, y, 2)}  # these fork: before anything else
-    runners |= {"loop": Loop(work, x, y), "workers1": Ours(work, x, y, 1)}
-    for name in ("workers1", "workers2"):
+    floors = {"workers1": "loop", **dict.fromkeys(("workers2", "actors", "ray2", "flower"), "forked")}
+    runners = {"forked": Forked(work, x, y), "workers2": Ours(work, local(work, 2))}  # these fork: before anything else
+    runners |= {"loop": Loop(work, x, y), "workers1": Ours(work, local(work, 1))}
+    if over_ray:
+        from fedsparse.engine.ray import RayGrid
+
+        grid = RayGrid(partial(app_of, work), work.clients, workers=2, own_replies=False)
+        runners |= {"ray2": Ours(work, grid), "actors": Actors(work)}
+    for name in (name for name, runner in runners.items() if isinstance(runner, Ours)):
         same = assert_same_bits(work, Loop(work, x, y), runners[name])
         print(f"{work.name}: {name}: parameters of {same} clients bit-equal to the loop's", flush=True)
     if flower:
@@ -319,14 +374,23 @@ def measure(work: Workload, rounds: int, flower: bool) -> dict[str, dict[str, ob
                 times[name].append(seconds)
     if flower:
         runners["flower"].close()
+    if over_ray:
+        runners["ray2"].grid.close()
     out: dict[str, dict[str, object]] = {}
     for name, values in times.items():
         out[name] = {"seconds": float(np.median(values)), "best": min(values)}
         if name in floors:
-            ratios = [a / b for a, b in zip(values, times[floors[name]], strict=True)]
-            low, high = interval(ratios)
-            out[name] |= {"floor": floors[name], "ratio_to_floor": float(np.median(ratios)), "low": low, "high": high}
+            out[name] |= beside(values, times[floors[name]], floors[name])
+    if over_ray:
+        out["ray2 beside workers2"] = {**out["ray2"], **beside(times["ray2"], times["workers2"], "workers2")}
     return out
+
+
+def beside(values: list[float], others: list[float], name: str) -> dict[str, object]:
+    """The median ratio to the other's time in the same turn."""
+    ratios = [a / b for a, b in zip(values, others, strict=True)]
+    low, high = interval(ratios)
+    return {"floor": name, "ratio_to_floor": float(np.median(ratios)), "low": low, "high": high}
 
 
 def main() -> None:
@@ -334,18 +398,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--workloads", default="A,B")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--ray", action="store_true")
     parser.add_argument("--flower", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = {name: measure(WORKLOADS[name], args.rounds, args.flower) for name in args.workloads.split(",")}
+    which = {"over_ray": args.ray, "flower": args.flower}
+    results = {name: measure(WORKLOADS[name], args.rounds, **which) for name in args.workloads.split(",")}
     for name, runners in results.items():
         print(f"\nworkload {name}: seconds a round, median (best) of {args.rounds}; ratio to its floor [95 % interval]")
         for runner, r in sorted(runners.items()):
             ratio = (
                 f"  {r['ratio_to_floor']:.3f} [{r['low']:.3f}, {r['high']:.3f}] x {r['floor']}" if "floor" in r else ""
             )
-            print(f"  {runner:9} {r['seconds']:.4f} ({r['best']:.4f}){ratio}")
+            print(f"  {runner:20} {r['seconds']:.4f} ({r['best']:.4f}){ratio}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
 
