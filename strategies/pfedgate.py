@@ -10,7 +10,7 @@ inputs, so that dead columns are not averaged; what is scheduled is the budget, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -32,6 +32,8 @@ from fedsparse.strategy import FederatedStrategy, Plan, Reply, State
 from fedsparse.task import Budget, Client, Device, Task
 
 SCHEDULES = ("constant", "linear", "cubic", "plateau")
+_LOOKED_AT = 2000  # clients whose masks are described after a run: a pass of the gate each
+_PAIRED = 256  # of them compared with all others at a time
 _DRAWS = 24  # random importances that tell whether a budget leaves a choice
 _NOTED = 8  # different budgets of which this is found out
 
@@ -299,13 +301,13 @@ class PFedGate(FederatedStrategy):
     ) -> Mapping[str, Any]:
         """Of the clients' deployed masks: how many differ, their mean overlap (Jaccard, over the blocks that are not
         forced, of all pairs), the share of blocks that no client has trained, and how often a training batch's mask
-        agrees with the client's deployed one on a block that is not forced. Beside them the gate's share of the model
-        and the mode of inference."""
+        agrees with the client's deployed one on a block that is not forced. Beside them the gate's share of the model,
+        the mode of inference, and of how many clients this is: at most ``_LOOKED_AT``, drawn by the run's seed."""
         state, half, cut = _gate(state), self._half, self.gated.cut
         free = ~cut.forced
         if half.open_gate or not free.any():
             return {}
-        known = [c for c in clients if c.id in memories and "mask/used" in memories[c.id]]
+        known = [c for c in _drawn(clients, memories, task.seed) if "mask/used" in memories[c.id]]
         masks, agreements = [], []
         for client in known:
             memory = dict(memories[client.id])
@@ -322,7 +324,17 @@ class PFedGate(FederatedStrategy):
             "agreement": sum(agreements) / len(agreements) if half.inference_mode == "client" else None,
             "gate_share": self.gated.gate_size / self.gated.dense,
             "inference": half.inference_mode,
+            "of_clients": len(known),
         }
+
+
+def _drawn(clients: Sequence[Client], known: Container[int], seed: int) -> list[Client]:
+    """Those that have a memory; some of them where they are many."""
+    found = [client for client in clients if client.id in known]
+    if len(found) <= _LOOKED_AT:
+        return found
+    chosen = numpy_rng(seed, "diagnose").choice(len(found), _LOOKED_AT, replace=False)
+    return [found[i] for i in np.sort(chosen)]
 
 
 def _kinds(devices: Sequence[Device]) -> list[Device]:
@@ -359,8 +371,9 @@ def _overlap(masks: np.ndarray[Any, Any]) -> float | None:
     if n < 2:
         return None
     counts = masks.astype(np.float64)
-    both = counts @ counts.T
-    sizes = counts.sum(1)
-    either = sizes[:, None] + sizes - both
-    ratio = np.where(either > 0, both / np.maximum(either, 1), 1.0)
-    return float((ratio.sum() - n) / (n * (n - 1)))
+    sizes, total = counts.sum(1), 0.0
+    for start in range(0, n, _PAIRED):  # all pairs at once take gigabytes from 10,000 masks on
+        both = counts[start : start + _PAIRED] @ counts.T
+        either = sizes[start : start + _PAIRED, None] + sizes - both
+        total += float(np.where(either > 0, both / np.maximum(either, 1), 1.0).sum())
+    return (total - n) / (n * (n - 1))

@@ -812,6 +812,19 @@ def test_memory_counts_the_gates_activations_and_the_packet() -> None:
         assert reply.scalars["memory"] <= memory
 
 
+def test_diagnostics_of_many_clients_look_at_some_and_compare_them_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = make_task("cnn")
+    clients = [make_client(task, i, 0.5) for i in range(5)]
+    server, state, memories, _ = play(task, clients, 1, mask_scope="round", score="random_client")
+    whole = server.diagnose(task, state, clients, memories)
+    assert whole["of_clients"] == 5
+    monkeypatch.setattr("strategies.pfedgate._PAIRED", 2)
+    assert server.diagnose(task, state, clients, memories) == pytest.approx(whole)
+    monkeypatch.setattr("strategies.pfedgate._LOOKED_AT", 3)
+    some = server.diagnose(task, state, clients, memories)
+    assert some["of_clients"] == 3 and some == server.diagnose(task, state, clients, memories)
+
+
 def test_diagnostics_count_masks_overlap_and_what_was_never_trained() -> None:
     task = make_task("cnn")
     clients = [make_client(task, i, 0.5) for i in range(4)]
