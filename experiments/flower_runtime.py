@@ -126,7 +126,8 @@ class Runtime:
         """
         file = self.folder / "run.toml"
         file.write_text(toml_text(config))
-        federation = ("--federation-config", f"num-supernodes={nodes}") if nodes else ()
+        simulated = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-logging-level='ERROR'"
+        federation = ("--federation-config", simulated) if nodes else ()
         started = self._flwr("run", str(PROJECT), LINK, "--run-config", str(file), *federation, "--format", "json")
         run_id = str(json.loads(started)["run-id"])
         self._flwr("log", run_id, LINK, "--stream", show=show)

@@ -196,14 +196,14 @@ def _groups(sizes: Mapping[int, int]) -> Iterator[list[int]]:
 
 def node_app(make: Make) -> ClientApp:
     """The ClientApp of a node: it is greeted, then does what the experiment's clients do. ``make`` is called once in a
-    process."""
-    app, made = ClientApp(), lru_cache(maxsize=1)(make)
+    process, but for another experiment."""
+    app = ClientApp()
 
     def work(message: Message, context: Context) -> Message:
         try:
             torch.set_num_threads(1)
             config = _agreed(context.state)
-            return made(config)(message, context)
+            return _made(make, config)(message, context)
         except Exception as error:
             return Message(encode(error_packet(error)), reply_to=message)
 
@@ -221,6 +221,12 @@ def node_app(make: Make) -> ClientApp:
         return Message(encode(reply), reply_to=message)
 
     return app
+
+
+@lru_cache(maxsize=1)
+def _made(make: Make, config: str) -> ClientApp:
+    """Kept by the module: a simulation pickles the app with every message."""
+    return make(config)
 
 
 def _asked(packet: Packet, context: Context) -> Packet:
