@@ -55,6 +55,7 @@ class Runtime:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",  # what is installed here is used
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+            "RAY_worker_niceness": "0",  # else a busy machine starves the clients of a simulation
             "OMP_NUM_THREADS": "1",
         }
 
@@ -230,6 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the run folder; without it the run is not kept")
     parser.add_argument("--compare", action="store_true", help="run it on the local engine too")
     args = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as temporary:
         try:
             return _run(args, Path(temporary))
