@@ -38,13 +38,14 @@ START_SECONDS, END_SECONDS = 60.0, 10.0
 class Runtime:
     """A SuperLink, and for a deployment a SuperNode a client with TLS between all; use it as a context manager.
 
-    nodes: of a deployment; 0 = a simulation. environment: of single nodes, by number, over that of all.
+    nodes: of a deployment; 0 = a simulation. place: the folder from which all start. None = an empty one: what lies
+    there comes before the app's own files in a simulation's clients.
     """
 
-    def __init__(self, nodes: int = 0, environment: Mapping[int, Mapping[str, str]] | None = None) -> None:
+    def __init__(self, nodes: int = 0, place: Path | None = None) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fedsparse-flower-"))
         self._nodes = nodes
-        self._of_nodes = environment or {}
+        self._place = place or self.folder / "empty"
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._port = _free_port()
         self._environment = {
@@ -86,20 +87,15 @@ class Runtime:
         for i in range(self._nodes):
             who = ("--superlink", address, "--root-certificates", str(ca), *tls)
             node = f"partition-id={i} num-partitions={self._nodes}"
-            self._start(
-                f"supernode{i}", "flower-supernode", *who, *_at(_free_port()), "--node-config", node,
-                environment=self._of_nodes.get(i, {}),
-            )  # fmt: skip
+            self._start(f"supernode{i}", "flower-supernode", *who, *_at(_free_port()), "--node-config", node)
 
-    def _start(self, name: str, *command: str, environment: Mapping[str, str] = {}) -> None:
-        """From an empty folder of its own: Python would find a project's files there before those of the app."""
-        place = self.folder / name
-        place.mkdir()
+    def _start(self, name: str, *command: str) -> None:
+        self._place.mkdir(exist_ok=True)
         with (self.folder / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
                 command,
-                cwd=place,
-                env={**self._environment, **environment},
+                cwd=self._place,
+                env=self._environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
