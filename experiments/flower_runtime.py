@@ -227,7 +227,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the run folder; without it the run is not kept")
     parser.add_argument("--compare", action="store_true", help="run it on the local engine too")
     args = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as temporary:
         try:
             return _run(args, Path(temporary))
@@ -265,4 +264,5 @@ def _run(args: argparse.Namespace, temporary: Path) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended
     sys.exit(main())

@@ -260,8 +260,6 @@ def _agreed(state: RecordDict) -> str:
     server, here = json.loads(str(words["same"])), must_agree()
     different = [name for name in here if server.get(name) != here[name]]
     if different:
-        shown = ", ".join(
-            f"{name} ({here[name][:12]!r}, the server's: {server.get(name, '')[:12]!r})" for name in different
-        )
-        raise UserError(f"it differs from the server in {shown}; give both the same")
+        shown = (f"{name} ({here[name][:12]!r} here, {server.get(name, '')[:12]!r} there)" for name in different)
+        raise UserError(f"it differs from the server in {', '.join(shown)}; give both the same")
     return str(words["config"])
