@@ -83,8 +83,10 @@ def test_a_simulation_has_the_digest_of_the_local_engine(
     method: str, simulation: Runtime, local: Callable[[str], Run], tmp_path: Path
 ) -> None:
     experiment = str(local(method).directory / "config.toml")
-    ended = simulation.run({"experiment": experiment, "set": "name=other", "out": str(tmp_path / "run")}, CLIENTS)
-    assert ended == ("finished:completed", "")
+    status, details = simulation.run(
+        {"experiment": experiment, "set": "name=other", "out": str(tmp_path / "run")}, CLIENTS
+    )
+    assert status == "finished:completed", details
     assert content(tmp_path / "run") == content(local(method).directory)
     assert 'kind = "flower"' in (tmp_path / "run" / "config.toml").read_text()
 

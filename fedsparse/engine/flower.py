@@ -31,6 +31,7 @@ _HELLO, _MEMORY = "hello", "memory"  # kinds of query packets
 _EXPERIMENT = "fedsparse.experiment"  # the record of a node's state that holds what it was greeted with
 _PIECE, _WINDOW = 4 << 20, 64 << 20  # bytes of a memory in one message, and of all messages under way
 _NOBODY = -1  # the id of a node that has none
+_ANSWER = 3600.0  # seconds that a node which is there may take to answer a greeting
 _POLL = 0.5  # seconds between looks at who is there
 _log = logging.getLogger("fedsparse")
 
@@ -39,7 +40,7 @@ class FlowerGrid(Grid):
     """The grid of a ServerApp whose nodes were greeted. config: the resolved experiment (TOML) that they run.
 
     clients: how many the experiment has; nodes with other partition ids stay idle. store: takes the memories. wait:
-    seconds until all clients must be there. Raises UserError when they are not, ClientError for a node that refuses.
+    seconds until all nodes must have come. Raises UserError when they are not, ClientError for a node that refuses.
     """
 
     def __init__(self, grid: Grid, config: str, clients: int, store: MemoryStore, *, wait: float = 60.0) -> None:
@@ -141,7 +142,7 @@ class FlowerGrid(Grid):
         end, met = time.monotonic() + wait, dict[int, int]()
         while True:
             fresh = dict.fromkeys(sorted(set(self._grid.get_node_ids()) - set(met.values())), hello)
-            for node, answer in self._answers(fresh, timeout=max(1.0, end - time.monotonic())).items():
+            for node, answer in self._answers(fresh, timeout=_ANSWER).items():
                 client = int(answer.scalars.get("id", _NOBODY))
                 if answer.kind != _HELLO:
                     name = f"node {node}" if client == _NOBODY else f"client {client}"
