@@ -6,6 +6,7 @@ import io
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -160,6 +161,39 @@ def test_memories_come_in_bounded_pieces(
     assert max(sum(sizes) for sizes in grid.exchanges) <= max(window, piece)
     if method == "pfedgate":
         assert len(grid.exchanges) >= 3
+
+
+def other(change: Callable[[Packet], Packet]) -> ClientApp:
+    """An app whose answers with a memory are changed."""
+    plain, wrapped = node_app(app_of), ClientApp()
+    wrapped.train()(plain)
+    wrapped.evaluate()(plain)
+
+    @wrapped.query()
+    def query(message: Message, context: Context) -> Message:
+        packet = decode(plain(message, context).content)
+        return Message(encode(change(packet) if packet.kind == "memory" else packet), reply_to=message)
+
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: replace(p, tensors={"bytes": p.tensors["bytes"] // 2}), "client 0 sent a memory that cannot be rea"),
+        (lambda p: replace(p, tensors={"bytes": p.tensors["bytes"][1:]}), "client 0 sent 13691 bytes of its memory of"),
+        (lambda p: replace(p, tensors={}), "client 0 sent 0 bytes of its memory of 13692, from 0 on"),
+        (lambda p: replace(p, scalars={"size": -1}), "client 0 sent 13692 bytes of its memory of -1"),
+        (lambda p: Packet("error", scalars={"message": "no"}), "client 0, memory: no"),
+    ],
+)
+def test_a_memory_that_does_not_come_as_it_was_asked_for(
+    change: Callable[[Packet], Packet], said: str, tmp_path: Path
+) -> None:
+    made = from_dict({}, [*settings("pfedgate"), "engine.kind=flower", "rounds=1"])
+    with pytest.raises(ClientError, match=said):
+        run(made, out=tmp_path / "run", on_flower=partial(FlowerGrid, LocalGrid(other(change), CLIENTS)))
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def met(grid: LocalGrid, clients: int = CLIENTS, wait: float = 0.0) -> FlowerGrid:

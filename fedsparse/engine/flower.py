@@ -19,6 +19,8 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
+from safetensors import SafetensorError
+from torch import Tensor
 
 from fedsparse.client import error_packet
 from fedsparse.engine.store import MemoryStore, memory_bytes, memory_records
@@ -108,7 +110,10 @@ class FlowerGrid(Grid):
         if len(data) < size:
             found[client] = data
         elif data:
-            self._store.put(client, memory_records(data))
+            try:
+                self._store.put(client, memory_records(data))
+            except (SafetensorError, KeyError, ValueError) as error:
+                raise ClientError(f"client {client} sent a memory that cannot be read: {error}") from error
 
     def _pieces(self, wanted: list[tuple[int, int, int]]) -> Iterator[tuple[int, bytes, int]]:
         """(client, bytes, size of the whole) for each (client, first byte, largest number of bytes) in that order."""
@@ -123,13 +128,15 @@ class FlowerGrid(Grid):
                 raise ClientError(f"client {i} did not send its memory")
             if answer.kind != _MEMORY:
                 raise ClientError(f"client {i}, memory: {_reason(answer)}", _trace(answer))
-            piece, size = answer.tensors["bytes"].numpy().tobytes(), int(answer.scalars["size"])
+            piece, size = _bytes(answer.tensors.get("bytes")), int(answer.scalars.get("size", 0))
             if len(piece) != min(length, size - start):
                 raise ClientError(f"client {i} sent {len(piece)} bytes of its memory of {size}, from {start} on")
             yield i, piece, size
 
     def _answers(self, asked: Mapping[int, Packet], timeout: float | None) -> dict[int, Packet]:
         """The answers to queries, by node, of the nodes that did answer."""
+        if not asked:
+            return {}
         records = {id(packet): encode(packet) for packet in asked.values()}
         messages = [
             self.create_message(records[id(packet)], MessageType.QUERY, node, "0") for node, packet in asked.items()
@@ -169,6 +176,10 @@ def _answer(message: Message) -> Packet:
     if message.has_error():
         return Packet("error", scalars={"message": message.error.reason or f"error {message.error.code}"})
     return decode(message.content)
+
+
+def _bytes(tensor: Tensor | None) -> bytes:
+    return b"" if tensor is None else tensor.numpy().tobytes()
 
 
 def _reason(answer: Packet) -> str:
