@@ -10,10 +10,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 SETUP := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help run test check bench clean
+.PHONY: help run flower deployment-demo test check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: $(VENV)/.installed ## install, train pFedGate, FedAvg and local models on the digits, compare them
 	@out="runs/digits-$$(date +%Y%m%d-%H%M%S)-$$$$"; folders=""; \
@@ -22,6 +22,12 @@ run: $(VENV)/.installed ## install, train pFedGate, FedAvg and local models on t
 	    $(BIN)/fedsparse run $(EXPERIMENT) --method $$method --out "$$out/$$method" || exit $$?; \
 	done; \
 	echo "== compare"; $(BIN)/fedsparse compare $$folders
+
+flower: $(VENV)/.installed-dev ## run EXPERIMENT in Flower's simulation runtime
+	$(BIN)/python experiments/flower_runtime.py simulation $(EXPERIMENT) --out "runs/flower-$$(date +%Y%m%d-%H%M%S)-$$$$"
+
+deployment-demo: $(VENV)/.installed-dev ## a SuperLink and three SuperNodes with TLS here; is the digest the local engine's?
+	$(BIN)/python experiments/flower_runtime.py deployment $(EXPERIMENT) --set partition.clients=3 --set rounds=2 --compare
 
 test: $(VENV)/.installed-dev ## install what the tests need, run them
 	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal

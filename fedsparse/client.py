@@ -212,6 +212,12 @@ def _read_words(text: str) -> tuple[RunWords, FederatedClient]:
     return RunWords(client, hyper, seed, server_round, local), load_client(client)(**hyper)
 
 
+def error_packet(error: Exception) -> Packet:
+    """What a client answers when it failed: what went wrong, and its traceback."""
+    named = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return Packet("error", scalars={"message": named, "trace": traceback.format_exc()})
+
+
 def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
     """A Flower ClientApp that serves every method. ``clients`` gives the data of a partition number."""
     from flwr.clientapp import ClientApp
@@ -227,8 +233,7 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
             client = clients(int(context.node_config["partition-id"]))
             reply = work(task, client, message.content, context)
         except Exception as error:  # any engine then tells the server who failed, and how
-            named = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            reply = Packet("error", scalars={"message": named, "trace": traceback.format_exc()})
+            reply = error_packet(error)
         lend = getattr(context, "lend", False)  # our own engines
         return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
 

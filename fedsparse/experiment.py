@@ -36,7 +36,8 @@ _KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or 
 class EngineConfig:
     """Where the clients run.
 
-    kind: "local" or "ray"; workers: processes, or Ray actors. on_client_error: "stop", or "skip" down to
+    kind: "local", "ray", or "flower" for Flower's own runtime, which has its own settings. workers: processes, or Ray
+    actors. on_client_error: "stop", or "skip" down to
     ``min_replies`` a round. checkpoint_every: rounds between checkpoints, 0 = none. memory_mb: 10^6 bytes of client
     memories in RAM, the others are on disk; 0 = all in RAM. Of "ray": address of a cluster, "" = a Ray of our own;
     cpus_per_worker and gpus_per_worker: what an actor takes.
@@ -53,7 +54,7 @@ class EngineConfig:
     gpus_per_worker: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_choice("engine.kind", self.kind, ("local", "ray"))
+        _check_choice("engine.kind", self.kind, ("local", "ray", "flower"))
         _check_least("engine.workers", self.workers, 1)
         _check_choice("engine.on_client_error", self.on_client_error, ("stop", "skip"))
         _check_least("engine.min_replies", self.min_replies, 1)
@@ -61,7 +62,7 @@ class EngineConfig:
         _check_least("engine.memory_mb", self.memory_mb, 0)
         _check_least("engine.cpus_per_worker", self.cpus_per_worker, 0)
         _check_least("engine.gpus_per_worker", self.gpus_per_worker, 0)
-        if self.kind == "local" and self.address:
+        if self.kind != "ray" and self.address:
             raise UserError(f'engine.address is {self.address!r}, which needs engine.kind = "ray"')
 
 

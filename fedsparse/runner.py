@@ -31,6 +31,7 @@ from fedsparse.client import client_app
 from fedsparse.cost import forward_macs, memory_bytes, trace, train_flops
 from fedsparse.data import FederatedData, federate, load_dataset
 from fedsparse.devices import compute_device
+from fedsparse.engine.flower import FlowerGrid
 from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.store import MemoryStore, sync
@@ -51,6 +52,7 @@ from fedsparse.strategy import FederatedStrategy, Plan, State
 from fedsparse.task import Client, Score, Split, Task
 
 OnRound = Callable[[dict[str, Any]], None]
+OnFlower = Callable[[str, int, MemoryStore], FlowerGrid]  # config.toml, number of clients, store -> the grid
 _ROWS = "clients.jsonl"  # the clients' rows while the run goes on; then they are ``clients.parquet``
 _HISTORY = ("rounds.jsonl", _ROWS)
 _LOCK = ".lock"  # who writes into a run folder holds it
@@ -94,19 +96,32 @@ class Federation:
         return tuple(client for client in self.clients if client.id not in novel)
 
 
-def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRound | None = None) -> Run:
+def run(
+    experiment: Experiment,
+    *,
+    out: Path | str | None = None,
+    on_round: OnRound | None = None,
+    on_flower: OnFlower | None = None,
+) -> Run:
     """Run an experiment and write its run directory (``out``, or a new one under ``runs/``).
 
-    on_round: called after each round with its line of ``rounds.jsonl``. Raises UserError (one line) for whatever the
+    on_round: called after each round with its line of ``rounds.jsonl``. on_flower: makes the grid of a run in Flower's
+    own runtime (``engine.kind = "flower"``), which has no checkpoints. Raises UserError (one line) for whatever the
     user can mend; a run that fails or is interrupted leaves no ``summary.json``.
     """
     start = time.perf_counter()
+    _check_engine(experiment, on_flower)
     job = _job(experiment)
     directory = _new_directory(experiment, job.method.name, out)
     with _errors_to(directory):
         _write(directory / "config.toml", _config(experiment, job.method, job.federation))
     with _alone(directory):
-        return _carried_out(job, directory, on_round, start, None)
+        return _carried_out(job, directory, on_round, start, None, on_flower)
+
+
+def _check_engine(experiment: Experiment, on_flower: OnFlower | None) -> None:
+    if experiment.engine.kind == "flower" and on_flower is None:
+        raise UserError("engine 'flower' is what `flwr run` uses; choose another here, such as --engine local")
 
 
 def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None = None) -> Run:
@@ -121,7 +136,9 @@ def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None 
         _tidy(directory)
         raise UserError(f"the run in {str(directory)!r} is complete")
     overrides = [f"engine.workers={workers}"] if workers else []
-    job = _job(load_experiment(directory / "config.toml", overrides))
+    experiment = load_experiment(directory / "config.toml", overrides)
+    _check_engine(experiment, None)
+    job = _job(experiment)
     with _alone(directory):
         with _errors_to(directory):
             found = Checkpoints(directory, _HISTORY).newest()
@@ -181,7 +198,14 @@ def _built(experiment: Experiment) -> tuple[Method, FederatedStrategy, Federatio
     )
 
 
-def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: float, found: Checkpoint | None) -> Run:
+def _carried_out(
+    job: _Job,
+    directory: Path,
+    on_round: OnRound | None,
+    start: float,
+    found: Checkpoint | None,
+    on_flower: OnFlower | None = None,
+) -> Run:
     """The rounds that are left, and all files of a finished run. start: when this began, for the wall clock."""
     experiment, strategy, federation = job.experiment, job.strategy, job.federation
     task, engine = federation.task, experiment.engine
@@ -204,7 +228,7 @@ def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: fl
                 wall, reports = time.perf_counter() - start, len(record.rounds)
                 checkpoints.write(strategy.state, store, reports=reports, done=report["round"], wall=wall)
 
-        with _grid(job, directory, store) as grid:
+        with _grid(job, directory, store, on_flower) as grid:
             devices = [client.device for client in federation.clients]
             strategy.start(
                 grid,
@@ -217,19 +241,22 @@ def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: fl
                 on_round=after,
             )
             novel = strategy.onboard(grid) if federation.novel else None
+            grid.gather()
         return _finished(job, directory, record, store, novel, start)
 
 
-def _grid(job: _Job, directory: Path, store: MemoryStore) -> OwnGrid:
+def _grid(job: _Job, directory: Path, store: MemoryStore, on_flower: OnFlower | None) -> OwnGrid | FlowerGrid:
     """The engine, ready to run."""
     engine, clients = job.experiment.engine, job.federation.clients
+    if on_flower:
+        return on_flower((directory / "config.toml").read_text(encoding="utf-8"), len(clients), store)
     if engine.kind == "local":
         app = client_app(job.federation.task, clients.__getitem__)
         return LocalGrid(app, len(clients), workers=engine.workers, own_replies=False, store=store)
     from fedsparse.engine.ray import RayGrid
 
     return RayGrid(
-        partial(_app_of, (directory / "config.toml").read_text(encoding="utf-8")),
+        partial(app_of, (directory / "config.toml").read_text(encoding="utf-8")),
         len(clients),
         workers=engine.workers,
         own_replies=False,
@@ -241,7 +268,7 @@ def _grid(job: _Job, directory: Path, store: MemoryStore) -> OwnGrid:
     )
 
 
-def _app_of(config: str) -> ClientApp:
+def app_of(config: str) -> ClientApp:
     """The clients of a resolved experiment, in another process: everything is loaded there."""
     _, _, federation = _built(from_dict(tomllib.loads(config)))
     return client_app(federation.task, federation.clients.__getitem__)

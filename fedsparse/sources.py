@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,3 +20,8 @@ def source_digest() -> str:
             sha.update(f"{path.relative_to(home).as_posix()}\n".encode())
             sha.update(path.read_bytes())
     return sha.hexdigest()
+
+
+def must_agree() -> dict[str, str]:
+    """What a client must have in common with its server, of this process, by name."""
+    return {"source code": source_digest(), **{name: os.environ.get(name, "") for name in BITS}}

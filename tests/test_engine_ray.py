@@ -22,7 +22,7 @@ from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.experiment import from_dict
 from fedsparse.packet import Packet, decode, encode
-from fedsparse.runner import _app_of, digest, federation_of
+from fedsparse.runner import app_of, digest, federation_of
 from fedsparse.strategy import Plan
 from fedsparse.verify import engines_of, verify
 from tests.helpers import norm_task, small_clients
@@ -192,7 +192,7 @@ def test_a_run_and_verify_on_ray(tmp_path: Path) -> None:
     assert 'kind = "ray"' in config
     clients = federation_of(made).clients
     message = Message(encode(Packet("query")), 2, "query", group_id="0")
-    asked = _app_of(config)(message, Context(1, 2, {"partition-id": 1, "num-partitions": 3}, RecordDict(), {}))
+    asked = app_of(config)(message, Context(1, 2, {"partition-id": 1, "num-partitions": 3}, RecordDict(), {}))
     assert len(clients) == 3 and decode(asked.content).scalars["id"] == 1
 
 

@@ -113,6 +113,9 @@ class OwnGrid(Grid):
         """Each client's Flower state (its memory), by partition number."""
         return self._states
 
+    def gather(self) -> None:
+        """Bring all memories into the store: they are there."""
+
     @abstractmethod
     def close(self) -> None:
         """End the workers."""

@@ -255,10 +255,11 @@ def check_file(folder: Path, kept: Kept) -> bytes:
 
 def read_memory(folder: Path, kept: Kept) -> RecordDict:
     """The records in a file; refuses the same as :func:`check_file`."""
-    return _records(check_file(folder, kept))
+    return memory_records(check_file(folder, kept))
 
 
-def _records(data: bytes) -> RecordDict:
+def memory_records(data: bytes) -> RecordDict:
+    """The records that :func:`memory_bytes` wrote."""
     from safetensors.numpy import load
 
     words = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
