@@ -7,7 +7,7 @@ import math
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from fedsparse.task import Client, Score, Task
 if TYPE_CHECKING:
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
+    from flwr.clientapp.typing import Mod
 
 Memory = dict[str, Tensor]
 Metrics = Mapping[str, Score]
@@ -212,8 +213,11 @@ def _read_words(text: str) -> tuple[RunWords, FederatedClient]:
     return RunWords(client, hyper, seed, server_round, local), load_client(client)(**hyper)
 
 
-def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
-    """A Flower ClientApp that serves every method. ``clients`` gives the data of a partition number."""
+def client_app(task: Task, clients: Callable[[int], Client], mods: Sequence[Mod] = ()) -> ClientApp:
+    """A Flower ClientApp that serves every method. ``clients`` gives the data of a partition number.
+
+    mods: Flower mods around training alone, the first outermost.
+    """
     from flwr.clientapp import ClientApp
 
     app = ClientApp()
@@ -232,7 +236,7 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
         lend = getattr(context, "lend", False)  # our own engines
         return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
 
-    @app.train()
+    @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
         return answer(message, context, _train)
 
