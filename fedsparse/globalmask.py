@@ -29,7 +29,7 @@ from fedsparse.models.norms import norm_names
 from fedsparse.packet import Packet, Scalar
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import Fit
-from fedsparse.sparse.masks import Mask
+from fedsparse.sparse.masks import Mask, carry
 from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
 from fedsparse.sparse.pruning import (
     DENSITY_KINDS,
@@ -429,6 +429,11 @@ class MaskedClient(SgdClient):
 
     def local(self, packet: Packet, reply: Packet) -> Packet:
         return replace(super().local(packet, reply), kind=_LOCAL)  # before aggregation a trained model stands as it is
+
+    def received(self, task: Task, packet: Packet, memory: Memory, reply: Packet) -> Mapping[str, Tensor]:
+        got, own = receive(task, packet, memory), own_mask(task, reply)
+        values = {name: t for name, t in got.params.items() if name in reply.tensors}
+        return {name: carry(t, got.mask[name], own[name]) if name in own else t for name, t in values.items()}
 
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
         got = receive(task, packet, memory)
