@@ -516,14 +516,19 @@ class AggregatingStrategy(FederatedStrategy):
     it; the two keep all replies of a round in memory. trim: share that the latter drops at either end, in (0, 0.5).
     clip_updates: largest L2 norm of a client's update, 0 = any. noise_multiplier: server-side differential privacy,
     noise on the mean of clipped updates, docs/privacy.md; 0 = none.
+    private_support: why it must stay private which coordinates a client sends, "" = all send the same.
     """
 
+    private_support: ClassVar[str] = ""
     aggregation: str = field(default="mean", kw_only=True)
     trim: float = field(default=0.1, kw_only=True)
     clip_updates: float = field(default=0.0, kw_only=True)
     noise_multiplier: float = field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_noise()
+
+    def _check_noise(self) -> None:
         if self.rule.noise and (what := self.beside()):
             raise UserError(
                 f"noise_multiplier covers the model alone, and clients send {what} too: their privacy would be lost"
@@ -540,6 +545,7 @@ class AggregatingStrategy(FederatedStrategy):
 
     def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
         """Refuse an aggregation that a round's clients, or the model, do not fit."""
+        self._check_noise()
         rule, ids = self.rule, sorted({d.id for d in devices} - set(plan.novel))
         asked = len(sample_cohort(ids, plan.fraction, plan.seed, 1)) if ids else 0
         if rule.robust and asked < 3:

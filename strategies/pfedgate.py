@@ -73,6 +73,10 @@ class PFedGate(AggregatingStrategy):
     """
 
     client: ClassVar[str] = "pfedgate"
+    private_support: ClassVar[str] = (
+        "the blocks that a client sends are its mask, which says what its data are like; the server would have to learn"
+        " them to add the values up"
+    )
     schedule: str = "constant"
     schedule_from: float = 0.0
     schedule_until: float = 0.5

@@ -287,6 +287,26 @@ def test_the_servers_noise_is_on_every_coordinate(case: str) -> None:
         assert bool((loud.changed == 1).all())  # which parts were trained is not told by what is sent
 
 
+@pytest.mark.parametrize("name", ["fedavg", "fixed_mask", "pfedgate"])
+def test_a_run_that_goes_on_has_the_noise_of_its_rounds(name: str) -> None:
+    task, clients = small_task(), small_clients(3)
+    hyper: dict[str, Any] = {"batch_size": 8, "clip_updates": CLIP, "noise_multiplier": 1.0}
+    devices, plan = [c.device for c in clients], Plan(seed=7)
+    states = []
+    for stops in ((3,), (2, 3)):
+        with LocalGrid(client_app(task, clients.__getitem__), 3, own_replies=False) as grid:
+            state, done = None, 0
+            for stop in stops:
+                strategy: Any = halves(name, **hyper)[0]
+                if state is not None:
+                    strategy.init(task, devices)
+                for _ in strategy.rounds(grid, stop, task=task, devices=devices, plan=plan, state=state, done=done):
+                    pass
+                state, done = strategy.state, stop
+        states.append(digest(state, {}))
+    assert states[0] == states[1]
+
+
 @pytest.mark.parametrize("case", SERVER)
 def test_with_noise_all_clients_weigh_the_same(case: str) -> None:
     task = small_task()
