@@ -11,6 +11,7 @@ straight-through gradient: with whole channels and ReLU the paper's would be zer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,8 +22,8 @@ from fedsparse.gating import Choice, GatedClient
 from fedsparse.models.gated import Account, Gated, gated_model
 from fedsparse.packet import Packet
 from fedsparse.sgd import batches, finite
-from fedsparse.sparse.codec import pack_bits, unpack, unpack_bits
-from fedsparse.sparse.cut import Bools, Working
+from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
+from fedsparse.sparse.cut import Bools, Cut, Working
 from fedsparse.sparse.flat import FlatModel
 from fedsparse.steps import clip_, step_
 from fedsparse.task import Client, Params, Score, Split, Task, score
@@ -42,6 +43,10 @@ class _Scene:
     def kept_only(self) -> bool:
         """Whether only the client's kept set came, not the whole model."""
         return "kept" in self.packet.tensors
+
+    def whole(self) -> Params:
+        """The model, as the client holds it."""
+        return _whole(self.task, self.gated.cut, self.packet, self.memory)
 
     def bits(self, name: str, n: int) -> Bools:
         return unpack_bits(self.packet.tensors[name], n)
@@ -148,7 +153,7 @@ class PFedGateClient(GatedClient):
         personal = {"personal": self._personal(scene, client.held_out)}
         if "values" in packet.tensors or scene.kept_only:  # the client's own model, or no whole one
             return personal
-        return {**personal, "global": task.score(_whole(scene), client.held_out)}
+        return {**personal, "global": task.score(scene.whole(), client.held_out)}
 
     def local(self, packet: Packet, reply: Packet) -> Packet:
         return Packet("evaluate", {**packet.tensors, **reply.tensors}, packet.scalars)
@@ -207,17 +212,27 @@ class PFedGateClient(GatedClient):
         scores = scene.memory.get("mask/scores")
         return choice.client_wide(gate, scene.client.train, scores, per_client=self.gate_input == "client")
 
+    def received(self, task: Task, packet: Packet, memory: Memory, reply: Packet) -> Mapping[str, Tensor]:
+        if "kept" in packet.tensors:
+            return {"values": packet.tensors["down"]}
+        cut = self._gated(task, packet).cut
+        touched = unpack_bits(reply.tensors["touched"], cut.parts)
+        return {"values": pack(_whole(task, cut, packet, memory), cut, touched)}
+
     # --- what came and what stays ------------------------------------------------------------------------------------
 
     def _scene(self, task: Task, client: Client, packet: Packet, memory: Memory) -> _Scene:
-        """With the cut and the gate, whose groups the server may have made smaller to meet the smallest budget."""
+        return _Scene(task, client, packet, memory, self._gated(task, packet))
+
+    def _gated(self, task: Task, packet: Packet) -> Gated:
+        """The cut and the gate, whose groups the server may have made smaller to meet the smallest budget."""
         said = packet.scalars
         layout = replace(
             self.layout,
             blocks_per_layer=int(said.get("groups", self.blocks_per_layer)),
             least=float(said.get("least", self.least)),
         )
-        return _Scene(task, client, packet, memory, gated_model(task, layout))
+        return gated_model(task, layout)
 
     def _choice(self, scene: _Scene) -> Choice:
         client, gated, said = scene.client, scene.gated, scene.packet.scalars.get("density")
@@ -239,7 +254,7 @@ class PFedGateClient(GatedClient):
         if scene.kept_only:
             values = tensors["values"] if "values" in tensors else tensors["down"]
             return cut.working_kept(scene.task, values, scene.bits("kept", cut.blocks))
-        work = cut.working(scene.task, _whole(scene), train=train)
+        work = cut.working(scene.task, scene.whole(), train=train)
         if train and self.mode == "official" and isinstance(work, FlatModel):
             work.lazy = False
             work.velocity = [t.clone() for t in scene.task.placed(_part(scene.memory, "velocity/")).values()]
@@ -256,7 +271,7 @@ class PFedGateClient(GatedClient):
     def _remembered(self, scene: _Scene, choice: Choice, work: Working, gate: _Gate, account: Account) -> Memory:
         kept: Memory = {}
         if self.download == "changed":
-            kept |= {f"theta/{name}": t.clone() for name, t in _whole(scene).items()}
+            kept |= {f"theta/{name}": t.clone() for name, t in scene.whole().items()}
         if self.open_gate:
             return kept or scene.memory
         kept |= self._gate_memory(gate)
@@ -283,21 +298,21 @@ class PFedGateClient(GatedClient):
         return {"mask/next": pack_bits(kept), "mask/rounds": torch.tensor(float(rounds))}
 
 
-def _whole(scene: _Scene) -> Params:
+def _whole(task: Task, cut: Cut, packet: Packet, memory: Memory) -> Params:
     """The whole model: as received, with the client's own update in it where the packet holds one."""
-    cut, tensors, task = scene.gated.cut, scene.packet.tensors, scene.task
+    tensors = packet.tensors
     if "changed" in tensors:
-        params = {name: scene.memory[f"theta/{name}"].clone() for name in task.shapes}
-        _put(params, scene, tensors["down"], scene.bits("changed", cut.parts))
+        params = {name: memory[f"theta/{name}"].clone() for name in task.shapes}
+        _put(params, task, cut, tensors["down"], tensors["changed"])
     else:
         params = {name: tensors[name] for name in task.shapes}
     if "values" in tensors:
         params = {name: t.clone() for name, t in params.items()}
-        _put(params, scene, tensors["values"], scene.bits("touched", cut.parts))
+        _put(params, task, cut, tensors["values"], tensors["touched"])
     return params
 
 
-def _put(params: Params, scene: _Scene, values: Tensor, parts: Bools) -> None:
+def _put(params: Params, task: Task, cut: Cut, values: Tensor, parts: Tensor) -> None:
     """Write the values of some parts into ``params``."""
-    for region, value in unpack(values, scene.gated.cut, parts, scene.task.shapes):
+    for region, value in unpack(values, cut, unpack_bits(parts, cut.parts), task.shapes):
         region.put_(params[region.name], value)

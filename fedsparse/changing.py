@@ -41,6 +41,7 @@ class ChangingMask(GlobalMaskStrategy):
     r_stop: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_densities(self.density, self.density_kind, self.layer_densities)
         if min(self.delta_r, self.r_stop) < 0:
             raise UserError(f"delta_r and r_stop must be at least 0, got {self.delta_r} and {self.r_stop}")
@@ -66,9 +67,14 @@ class ChangingMask(GlobalMaskStrategy):
         """Whether the mask changes at the end of round ``turn``."""
         return bool(state.delta_r) and turn % state.delta_r == 0 and 0 < turn < state.r_stop
 
-    def averaged(self, state: S, replies: Iterable[Reply], see: Callable[[Reply], None] | None = None) -> S:
+    @property
+    def changes(self) -> bool:
+        """Whether the mask may change at all."""
+        return self.r_stop != 1
+
+    def averaged(self, task: Task, state: S, replies: Iterable[Reply], see: Callable[[Reply], None] | None = None) -> S:
         """The state after a round of FedAvg on the kept weights; ``see`` gets each reply too."""
-        return replace(averaged(state, replies, see), round=state.round + 1)
+        return replace(averaged(self.rule, task, state, replies, see), round=state.round + 1)
 
 
 def roomiest(cohort: Sequence[Device]) -> Device:

@@ -7,9 +7,9 @@ import math
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +26,15 @@ from fedsparse.task import Client, Score, Task
 if TYPE_CHECKING:
     from flwr.app import Context, Message
     from flwr.clientapp import ClientApp
+    from flwr.clientapp.typing import Mod
 
 Memory = dict[str, Tensor]
 Metrics = Mapping[str, Score]
 ONBOARD = "onboard"  # the kind of packet that a novel client gets
 ONBOARD_EPOCHS = (0, 1, 5, 10)  # of adaptation, after which a novel client is scored
 _MEMORY = "memory"
+_FAILED = 1000  # error code of a client that raised, in Flower's range for applications
+_FLOWERS_DP = ("flwr.clientapp.mod.centraldp_mods", "flwr.clientapp.mod.localdp_mod")
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,14 @@ class FederatedClient(ABC):
         By default the reply itself, which fits every method that uploads a whole model.
         """
         return replace(reply, kind="evaluate")
+
+    def received(self, task: Task, packet: Packet, memory: Memory, reply: Packet) -> Mapping[str, Tensor]:
+        """What the model's values in a reply of kind "update" were when they came: of the reply's names and shapes.
+
+        packet, memory: as ``train`` got them. A floating tensor of the reply that is not among them is no part of the
+        model. By default those of the packet, which fits every method that uploads what it downloads.
+        """
+        return {name: packet.tensors[name] for name in reply.tensors if name in packet.tensors}
 
     def onboard(
         self,
@@ -204,7 +215,7 @@ class RunWords:
 
 
 @lru_cache(maxsize=64)
-def _read_words(text: str) -> tuple[RunWords, FederatedClient]:
+def read_words(text: str) -> tuple[RunWords, FederatedClient]:
     """The words, and the client half that they name."""
     from fedsparse.method import load_client
 
@@ -212,19 +223,29 @@ def _read_words(text: str) -> tuple[RunWords, FederatedClient]:
     return RunWords(client, hyper, seed, server_round, local), load_client(client)(**hyper)
 
 
+def named(error: Exception) -> str:
+    """One line on what went wrong."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
 def error_packet(error: Exception) -> Packet:
     """What a client answers when it failed: what went wrong, and its traceback."""
-    named = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-    return Packet("error", scalars={"message": named, "trace": traceback.format_exc()})
+    return Packet("error", scalars={"message": named(error), "trace": traceback.format_exc()})
 
 
-def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
-    """A Flower ClientApp that serves every method. ``clients`` gives the data of a partition number."""
+def client_app(task: Task, clients: Callable[[int], Client], mods: Sequence[Mod] = ()) -> ClientApp:
+    """A Flower ClientApp that serves every method. ``clients`` gives the data of a partition number.
+
+    mods: Flower mods around training alone, the first outermost. Where Flower's clipping or noise mods are among them,
+    a client refuses to send what they would not understand.
+    """
     from flwr.clientapp import ClientApp
 
     app = ClientApp()
+    alike = any(getattr(mod, "__module__", "") in _FLOWERS_DP for mod in mods)
 
     def answer(message: Message, context: Context, work: Callable[..., Packet]) -> Message:
+        from flwr.app import Error, MessageType
         from flwr.app import Message as FlowerMessage
 
         from fedsparse.lent import LentRecords
@@ -233,13 +254,15 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
             client = clients(int(context.node_config["partition-id"]))
             reply = work(task, client, message.content, context)
         except Exception as error:  # any engine then tells the server who failed, and how
+            if alike and message.metadata.message_type == MessageType.TRAIN:  # those mods take any packet for a model
+                return FlowerMessage(Error(_FAILED, named(error)), reply_to=message)
             reply = error_packet(error)
         lend = getattr(context, "lend", False)  # our own engines
         return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
 
-    @app.train()
+    @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:
-        return answer(message, context, _train)
+        return answer(message, context, partial(_train, alike=alike))
 
     @app.evaluate()
     def evaluate(message: Message, context: Context) -> Message:
@@ -254,17 +277,22 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
     return app
 
 
-def _train(task: Task, client: Client, records: Any, context: Context) -> Packet:
+def _train(task: Task, client: Client, records: Any, context: Context, *, alike: bool = False) -> Packet:
     start = time.perf_counter()
     packet = decode(records)
-    words, half = _read_words(run_words(records))
-    memory = _load(context)
+    words, half = read_words(run_words(records))
+    memory = load_memory(context)
     held = dict(memory)
     rng = torch_rng(words.seed, words.round, client.id, "train")
     versions = _versions(packet)
     with torch_seeded(words.seed, words.round, client.id, "global"):
         reply, kept = half.train(task, client, packet, memory, rng)
     _check_untouched(packet, versions)
+    if alike and _floats(reply) != _floats(packet):
+        raise UserError(
+            "Flower's clipping and noise mods need an upload of the download's form, which this method's is not; use"
+            " fedsparse.privacy.sparse_dp_mod"
+        )
     if kept.keys() != held.keys() or any(kept[name] is not held[name] for name in held):
         _save(context, kept)
     scalars: dict[str, Any] = {**reply.scalars, "train_seconds": time.perf_counter() - start}
@@ -276,16 +304,20 @@ def _train(task: Task, client: Client, records: Any, context: Context) -> Packet
     return replace(reply, scalars=scalars)
 
 
+def _floats(packet: Packet) -> list[tuple[str, torch.Size]]:
+    return [(name, t.shape) for name, t in packet.tensors.items() if t.is_floating_point()]
+
+
 def _evaluate(task: Task, client: Client, records: Any, context: Context) -> Packet:
     packet = decode(records)
-    words, half = _read_words(run_words(records))
+    words, half = read_words(run_words(records))
     versions = _versions(packet)
     with torch_seeded(words.seed, words.round, client.id, packet.kind):  # a method may train to be evaluated
         if packet.kind == ONBOARD:
             rng = torch_rng(words.seed, client.id, ONBOARD)
-            scores = _named(half.onboard(task, client, packet, _load(context), rng, ONBOARD_EPOCHS))
+            scores = _named(half.onboard(task, client, packet, load_memory(context), rng, ONBOARD_EPOCHS))
         else:
-            scores = _checked(half.evaluate(task, client, packet, _load(context)))
+            scores = _checked(half.evaluate(task, client, packet, load_memory(context)))
     _check_untouched(packet, versions)
     return Packet("scores", scalars=_score_scalars(scores))
 
@@ -321,7 +353,8 @@ def _score_scalars(scores: Metrics) -> dict[str, int | float]:
     return out
 
 
-def _load(context: Context) -> Memory:
+def load_memory(context: Context) -> Memory:
+    """A client's memory, from its Flower context."""
     return dict(decode(context.state).tensors) if "config" in context.state else {}
 
 

@@ -53,7 +53,7 @@ class FixedMaskStrategy(GlobalMaskStrategy):
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, MaskedState)
-        return averaged(state, replies)
+        return averaged(self.rule, task, state, replies)
 
 
 @dataclass
@@ -69,6 +69,7 @@ class RankedMask(FixedMaskStrategy):
     steps: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_densities(self.density, self.density_kind, self.layer_densities, RANKINGS)
         check_positive(steps=self.steps)
 

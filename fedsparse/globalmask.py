@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fedsparse import cost
+from fedsparse.aggregation import Aggregation
 from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, training_facts
 from fedsparse.errors import UserError, unknown
 from fedsparse.masked import score_masked
@@ -28,8 +29,7 @@ from fedsparse.models.norms import norm_names
 from fedsparse.packet import Packet, Scalar
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import Fit
-from fedsparse.sparse.masks import Mask
-from fedsparse.sparse.mean import WeightedMean
+from fedsparse.sparse.masks import Mask, carry
 from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
 from fedsparse.sparse.pruning import (
     DENSITY_KINDS,
@@ -41,7 +41,7 @@ from fedsparse.sparse.pruning import (
     layer_counts,
     weight_budget,
 )
-from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
+from fedsparse.strategy import AggregatingStrategy, Reply, State, aggregated, misfit
 from fedsparse.task import Client, Device, Params, Score, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
@@ -179,7 +179,7 @@ def folded(task: Task, params: Mapping[str, Tensor], values: Params, kept: Mask)
 
 
 @dataclass
-class GlobalMaskStrategy(FederatedStrategy):
+class GlobalMaskStrategy(AggregatingStrategy):
     """Abstract: one sparse model for all clients.
 
     density: of it, in (0, 1]; 0 = the smallest of the devices' density budgets, as a "true" one. density_kind:
@@ -228,15 +228,12 @@ class MaskedState(State):
 M = TypeVar("M", bound=MaskedState)
 
 
-def averaged(state: M, replies: Iterable[Reply], see: Callable[[Reply], None] | None = None) -> M:
-    """The weighted mean of compact models; who has sent one holds the mask. ``see`` gets each reply too."""
-    mean, seen = WeightedMean(), []
-    for reply in replies:
-        mean.add({name: reply.packet.tensors[name] for name in state.common}, reply.weight)
-        if see:
-            see(reply)
-        seen.append(reply.device.id)
-    return replace(state, params=mean.result(state.params), shared=state.shared.held_by(seen))
+def averaged(
+    rule: Aggregation, task: Task, state: M, replies: Iterable[Reply], see: Callable[[Reply], None] | None = None
+) -> M:
+    """The state after a round on compact models; who has sent one holds the mask. ``see`` gets each reply too."""
+    params, seen = aggregated(rule, task, state.params, state.common, replies, see)
+    return replace(state, params=params, shared=state.shared.held_by(seen))
 
 
 @dataclass(frozen=True)
@@ -432,6 +429,11 @@ class MaskedClient(SgdClient):
 
     def local(self, packet: Packet, reply: Packet) -> Packet:
         return replace(super().local(packet, reply), kind=_LOCAL)  # before aggregation a trained model stands as it is
+
+    def received(self, task: Task, packet: Packet, memory: Memory, reply: Packet) -> Mapping[str, Tensor]:
+        got, own = receive(task, packet, memory), own_mask(task, reply)
+        values = {name: t for name, t in got.params.items() if name in reply.tensors}
+        return {name: carry(t, got.mask[name], own[name]) if name in own else t for name, t in values.items()}
 
     def evaluate(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Metrics:
         got = receive(task, packet, memory)

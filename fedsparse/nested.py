@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsparse.aggregation import Aggregation
 from fedsparse.globalmask import MaskedState, SharedMask, prunable, unfolded, without_full
 from fedsparse.models.norms import statistic_names
 from fedsparse.packet import Packet
 from fedsparse.regrow import counts_row, named_counts
 from fedsparse.sparse.masks import Mask
-from fedsparse.sparse.mean import HolderMean, WeightedMean
+from fedsparse.sparse.mean import CoordinateMean
 from fedsparse.sparse.positions import unpack_positions
 from fedsparse.sparse.pruning import Counts, largest, layer_counts, weight_budget
 from fedsparse.strategy import Reply
@@ -121,22 +122,29 @@ def _places(kept: Mask, mask: Mask) -> dict[str, Tensor]:
 
 
 def averaged_parts(
-    task: Task, state: MaskedState, levels: Levels, replies: Iterable[Reply], see: Callable[[Reply], None]
+    rule: Aggregation,
+    task: Task,
+    state: MaskedState,
+    levels: Levels,
+    replies: Iterable[Reply],
+    see: Callable[[Reply], None],
 ) -> tuple[Params, SharedMask, Levels]:
     """The global model, who holds its mask, and the levels, after a round; ``see`` gets each reply too.
 
-    A weight is the mean over those that hold it and keeps its bits where nobody does; statistics are means over the
-    devices of a level; all else is the mean over all.
+    A weight is the mean, or what ``rule`` has in its place, over those that hold it and keeps its bits where nobody
+    does; statistics are over the devices of a level; all else is over all.
     """
     own = [name for name in itertools.chain(*statistic_names(task)) if name not in state.shared.local]
     values, kept = unfolded(task, state.params, state.shared.mask)
     everything = {name: torch.arange(len(at)) for name, at in kept.items()}
-    holders = HolderMean({name: len(at) for name, at in kept.items()})
+    holders = rule.holders({name: len(at) for name, at in kept.items()})
     keys = (None, *(level.density for level in levels))
-    common, statistics = WeightedMean(), {key: WeightedMean() for key in keys}
+    common, statistics = rule.whole(), {key: rule.whole() for key in keys}
     seen: dict[float | None, list[int]] = {key: [] for key in keys}
     for reply in replies:
-        level, sent = level_of(levels, reply.device), reply.packet.tensors
+        level = level_of(levels, reply.device)
+        before = (level or state).common
+        sent = rule.clipped({name: reply.packet.tensors[name] for name in before}, before)
         places = everything if level is None else {**everything, **_places(kept, level.shared.mask)}
         holders.add({name: sent[name].reshape(-1) for name in places}, places, reply.weight)
         common.add({n: sent[n] for n in state.common if n not in places and n not in own}, reply.weight)
@@ -158,7 +166,7 @@ def averaged_parts(
     return params, shared, refreshed(task, params, shared.mask, new)
 
 
-def _merged(params: Mapping[str, Tensor], values: Params, holders: HolderMean) -> Params:
+def _merged(params: Mapping[str, Tensor], values: Params, holders: CoordinateMean) -> Params:
     """The kept weights, in the shapes that they have in ``params``, with the means of those that anybody holds."""
     new = {}
     for name, old in values.items():

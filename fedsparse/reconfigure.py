@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedsparse import cost
+from fedsparse.aggregation import Aggregation
 from fedsparse.errors import UserError
 from fedsparse.globalmask import folded, prunable, unfolded
 from fedsparse.masked import SquaredGradients, score_masked
@@ -22,7 +23,6 @@ from fedsparse.sgd import Fit, batches
 from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.importance import largest_of_all, most_per_time, most_squared, untouchable
 from fedsparse.sparse.masks import Mask, carry
-from fedsparse.sparse.mean import WeightedMean
 from fedsparse.task import Params, Split, Task
 
 _SQUARE, _REST = "square/", "square_rest"  # before a weight's name; the scalar of all that is never pruned
@@ -96,25 +96,28 @@ def square_complaint(reply: Packet, sizes: Mapping[str, int]) -> str:
 
 
 class SquareMean:
-    """sum n * g^2 / sum n over the replies, in float64 and in the order in which they come."""
+    """sum n * g^2 / sum n over the replies, in float64 and in the order in which they come; or as ``rule`` has it."""
 
-    def __init__(self, sizes: Mapping[str, int]) -> None:
+    def __init__(self, sizes: Mapping[str, int], rule: Aggregation) -> None:
         self._form = square_form(sizes)
-        self._mean = WeightedMean()
-        self._rest, self._weight = 0.0, 0.0
+        self._rule = rule
+        self._mean = rule.whole()
+        self._rest: list[float] = []
+        self._weights: list[float] = []
 
     def add(self, reply: Packet, n: float) -> None:
         """Count a reply with weight ``n``; keeps no view of it."""
         self._mean.add({name: reply.tensors[name] for name in self._form}, n)
-        self._rest += n * float(reply.scalars[_REST])
-        self._weight += n
+        self._rest.append(float(reply.scalars[_REST]))
+        self._weights.append(n)
 
     def result(self) -> tuple[dict[str, Tensor], float] | None:
         """Name -> (size,) means, and that of the rest; None if nobody was counted."""
-        if not self._weight:
+        if not self._weights:
             return None
         means = self._mean.result(self._form)
-        return {name.removeprefix(_SQUARE): t for name, t in means.items()}, self._rest / self._weight
+        rest = self._rule.number(self._rest, self._weights)
+        return {name.removeprefix(_SQUARE): t for name, t in means.items()}, rest
 
 
 def square_flops(task: Task, mask: Mask, samples: int) -> float:

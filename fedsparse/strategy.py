@@ -15,9 +15,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from fedsparse.aggregation import Aggregation
 from fedsparse.client import ONBOARD, RunWords
 from fedsparse.errors import ClientError, UserError
 from fedsparse.lent import LentRecords
+from fedsparse.models.norms import statistic_names
 from fedsparse.packet import Packet, decode, encode, wire_bytes
 from fedsparse.rows import (
     POINTS,
@@ -32,7 +34,6 @@ from fedsparse.rows import (
     violations,
 )
 from fedsparse.seeding import sample_cohort
-from fedsparse.sparse.mean import WeightedMean
 from fedsparse.task import Client, Device, Split, Task
 
 _SCORING = ("evaluate", ONBOARD)  # stages whose replies hold scores and nothing else
@@ -56,10 +57,11 @@ class State:
 
 @dataclass(frozen=True)
 class Reply:
-    """A client's answer. Its tensors are valid until the next reply is asked for."""
+    """A client's answer in a round. Its tensors are valid until the next reply is asked for."""
 
     device: Device
     packet: Packet
+    round: int = 0
 
     @property
     def weight(self) -> float:
@@ -431,7 +433,7 @@ class FederatedStrategy(Strategy):
                 continue
             fill_row(s.rows[device.id], packet, wire_bytes(message.content), s.dense)
             self._check_budget(server_round, device, s.rows[device.id])
-            yield Reply(device, packet)
+            yield Reply(device, packet, server_round)
 
     def _packet(self, server_round: int, stage: str, device: Device, message: Message) -> Packet | None:
         """The decoded reply; None if it failed and failures are skipped."""
@@ -507,7 +509,62 @@ class FederatedStrategy(Strategy):
 
 
 @dataclass
-class AveragingStrategy(FederatedStrategy):
+class AggregatingStrategy(FederatedStrategy):
+    """Abstract: a server half whose next model comes from those that clients send (:class:`Aggregation`).
+
+    aggregation: "mean" (weighted by examples), "median" or "trimmed_mean" of each coordinate over the clients that hold
+    it; the two keep all replies of a round in memory. trim: share that the latter drops at either end, in (0, 0.5).
+    clip_updates: largest L2 norm of a client's update, 0 = any. noise_multiplier: server-side differential privacy,
+    noise on the mean of clipped updates, docs/privacy.md; 0 = none.
+    private_support: why it must stay private which coordinates a client sends, "" = all send the same.
+    """
+
+    private_support: ClassVar[str] = ""
+    aggregation: str = field(default="mean", kw_only=True)
+    trim: float = field(default=0.1, kw_only=True)
+    clip_updates: float = field(default=0.0, kw_only=True)
+    noise_multiplier: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        self._check_noise()
+
+    def _check_noise(self) -> None:
+        if self.rule.noise and (what := self.beside()):
+            raise UserError(
+                f"noise_multiplier covers the model alone, and clients send {what} too: their privacy would be lost"
+            )
+
+    @property
+    def rule(self) -> Aggregation:
+        """How models are aggregated. Raises UserError for options that are not allowed."""
+        return Aggregation(self.aggregation, self.trim, self.clip_updates, self.noise_multiplier)
+
+    def beside(self) -> str:
+        """What clients send beside the values of the model and the numbers of every reply, or ""."""
+        return ""
+
+    def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
+        """Refuse an aggregation that a round's clients, or the model, do not fit."""
+        self._check_noise()
+        rule, ids = self.rule, sorted({d.id for d in devices} - set(plan.novel))
+        asked = len(sample_cohort(ids, plan.fraction, plan.seed, 1)) if ids else 0
+        if rule.robust and asked < 3:
+            raise UserError(f"aggregation = {rule.kind!r} needs at least 3 clients a round, there are {asked}")
+        if rule.noise and plan.on_client_error != "stop":
+            raise UserError(
+                f'noise_multiplier needs engine.on_client_error = "stop", got {plan.on_client_error!r}: noise is'
+                " measured for a fixed number of clients a round"
+            )
+        local = self.client_config.get("local_norms", False)
+        if rule.noise and not local and any(statistic_names(task)):
+            raise UserError(
+                "noise_multiplier makes no sense of batch norm's running statistics (a variance may end below 0): set"
+                ' norm = "group", or local_norms where the method has it'
+            )
+
+
+@dataclass
+class AveragingStrategy(AggregatingStrategy):
     """Abstract: a server half that sends the whole model and averages what comes back (McMahan et al. 2017).
 
     Weights are the numbers of training examples of those who took part. Batch norm's running statistics are part
@@ -524,10 +581,29 @@ class AveragingStrategy(FederatedStrategy):
         return misfit(reply.packet, "update", state.params)
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
-        mean = WeightedMean()
-        for reply in replies:
-            mean.add(reply.packet.tensors, reply.weight)
-        return replace(state, params=mean.result(state.params))
+        params, _ = aggregated(self.rule, task, state.params, state.params, replies)
+        return replace(state, params=params)
+
+
+def aggregated(
+    rule: Aggregation,
+    task: Task,
+    params: Mapping[str, Tensor],
+    sent: Mapping[str, Tensor],
+    replies: Iterable[Reply],
+    see: Callable[[Reply], None] | None = None,
+) -> tuple[dict[str, Tensor], list[int]]:
+    """``params`` after a round of clients that all hold the same and train the tensors ``sent`` of them, and the ids of
+    these clients; ``see`` gets each reply too."""
+    mean, seen, turn = rule.whole(), [], 0
+    for reply in replies:
+        values = {name: reply.packet.tensors[name] for name in sent}
+        mean.add(rule.clipped(values, sent), rule.weight(reply.weight))
+        if see:
+            see(reply)
+        seen.append(reply.device.id)
+        turn = reply.round
+    return rule.noised(mean.result(params), sent.keys(), len(seen), task.seed, turn), seen
 
 
 # --- helpers ---------------------------------------------------------------------------------------------------------

@@ -29,8 +29,7 @@ from fedsparse.globalmask import (
 )
 from fedsparse.packet import Packet
 from fedsparse.regrow import counts_row
-from fedsparse.sparse.masks import compact
-from fedsparse.sparse.mean import HolderMean, WeightedMean
+from fedsparse.sparse.masks import carry, compact
 from fedsparse.sparse.pruning import exchange_count, exchange_share, largest
 from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Task
@@ -66,6 +65,14 @@ class FedDST(ChangingMask):
             raise unknown("initial", self.initial, INITIALS)
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha must be in (0, 1], got {self.alpha}")
+        if self.rule.robust and self.changes:
+            raise UserError(
+                f"aggregation = {self.aggregation!r} protects nothing while clients change the mask: a weight that one"
+                " client alone grows is what it says; set clip_updates instead, or r_stop = 1 (the mask stays)"
+            )
+
+    def beside(self) -> str:
+        return "masks of their own" if self.changes else ""
 
     def begin(self, task: Task, devices: Sequence[Device]) -> State:
         params = task.init_params()
@@ -93,24 +100,26 @@ class FedDST(ChangingMask):
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, FedDSTState)
-        new = self._merged(task, state, replies) if bool(state.grow.any()) else self.averaged(state, replies)
+        new = self._merged(task, state, replies) if bool(state.grow.any()) else self.averaged(task, state, replies)
         return self._announced(task, new)
 
     def _merged(self, task: Task, state: FedDSTState, replies: Iterable[Reply]) -> FedDSTState:
         """Each coordinate's mean over the clients that hold it; of each layer the largest stay, as many as before."""
         old, sizes = state.shared.mask, prunable(task).sizes
-        mean, holders, seen = WeightedMean(), HolderMean({name: sizes[name] for name in old}), []
+        mean, holders, seen = self.rule.whole(), self.rule.holders({name: sizes[name] for name in old}), []
         for reply in replies:
-            tensors = reply.packet.tensors
-            mean.add({name: tensors[name] for name in state.common if name not in old}, reply.weight)
-            holders.add(tensors, own_mask(task, reply.packet), reply.weight)
+            own, tensors = own_mask(task, reply.packet), reply.packet.tensors
+            sent = {n: carry(t, old[n], own[n]) if n in old else t for n, t in state.common.items()}
+            values = self.rule.clipped({name: tensors[name] for name in sent}, sent)
+            mean.add({name: t for name, t in values.items() if name not in old}, reply.weight)
+            holders.add(values, own, reply.weight)
             seen.append(reply.device.id)
         params, mask = mean.result(state.params), dict(old)
         for name, kept in old.items():
-            at, values = holders.result(name)
+            at, means = holders.result(name)
             if seen:
-                best = largest(values, len(kept)).long()
-                params[name], mask[name] = values[best], at[best]
+                best = largest(means, len(kept)).long()
+                params[name], mask[name] = means[best], at[best]
         shared = state.shared.held_by(seen).changed_to(mask, task)
         done = state.adjustments + 1
         return replace(state, params=params, shared=shared, round=state.round + 1, adjustments=done)

@@ -131,6 +131,21 @@ class FedTiny(ChangingMask):
         if self.nest_every and not self.nested:
             raise UserError(f"nest_every is {self.nest_every}, which means something with nested = true alone")
 
+    def beside(self) -> str:
+        found = {
+            "statistics and losses of candidates": self.pool > 1,
+            "the largest gradients of pruned weights": self.progressive and self.changes,
+            "parts of the model, by their budgets,": self.nested,
+        }
+        return next((what for what, sent in found.items() if sent), "")
+
+    def notes(self, task: Task, devices: Sequence[Device]) -> tuple[str, ...]:
+        """What a robust aggregation does not reach."""
+        chosen = [what for what, sent in (("candidates", self.pool > 1), ("new weights", self.progressive)) if sent]
+        if not (self.rule.robust and chosen):
+            return ()
+        return (f"aggregation = {self.aggregation!r} is of weights; {' and '.join(chosen)} go by means of all clients",)
+
     # --- before round 1 ----------------------------------------------------------------------------------------------
 
     def within(self, budgets: Sequence[float]) -> float:
@@ -162,6 +177,7 @@ class FedTiny(ChangingMask):
 
     def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
         """Parts need budgets, and somebody who trains the whole model and, with candidates, selects it."""
+        super().foresee(task, devices, plan)
         if not self.nested:
             return
         budgets = {d.id: d.budget.density for d in devices}
@@ -327,8 +343,8 @@ class FedTiny(ChangingMask):
         self, task: Task, state: FedTinyState, replies: Iterable[Reply], see: Callable[[Reply], None]
     ) -> FedTinyState:
         if not state.levels:
-            return self.averaged(state, replies, see)
-        params, shared, levels = averaged_parts(task, state, state.levels, replies, see)
+            return self.averaged(task, state, replies, see)
+        params, shared, levels = averaged_parts(self.rule, task, state, state.levels, replies, see)
         return replace(state, params=params, shared=shared, levels=levels, round=state.round + 1)
 
     def _chosen(self, task: Task, state: FedTinyState) -> FedTinyState:

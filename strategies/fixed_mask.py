@@ -31,6 +31,7 @@ class FixedMask(FixedMaskStrategy):
     criterion: str = "random"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_densities(self.density, self.density_kind, self.layer_densities)
         if self.criterion not in CRITERIA:
             raise unknown("criterion", self.criterion, CRITERIA)

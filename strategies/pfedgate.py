@@ -27,8 +27,7 @@ from fedsparse.packet import Packet, Scalar
 from fedsparse.seeding import numpy_rng
 from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
 from fedsparse.sparse.cut import Bools
-from fedsparse.sparse.mean import MaskedMean
-from fedsparse.strategy import FederatedStrategy, Plan, Reply, State
+from fedsparse.strategy import AggregatingStrategy, Plan, Reply, State
 from fedsparse.task import Budget, Client, Device, Task
 
 SCHEDULES = ("constant", "linear", "cubic", "plateau")
@@ -66,7 +65,7 @@ class GateState(State):
 
 
 @dataclass
-class PFedGate(FederatedStrategy):
+class PFedGate(AggregatingStrategy):
     """Sends the model, or what the client needs of it; averages block by block. Gates never leave their clients.
 
     schedule: of the budgets: "constant"; "linear" or "cubic" from 1 down to the budget between the shares
@@ -76,12 +75,17 @@ class PFedGate(FederatedStrategy):
     """
 
     client: ClassVar[str] = "pfedgate"
+    private_support: ClassVar[str] = (
+        "the blocks that a client sends are its mask, which says what its data are like; the server would have to learn"
+        " them to add the values up"
+    )
     schedule: str = "constant"
     schedule_from: float = 0.0
     schedule_until: float = 0.5
     patience: int = 10
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
         if not 0 <= self.schedule_from < self.schedule_until <= 1:
@@ -93,6 +97,9 @@ class PFedGate(FederatedStrategy):
             raise UserError(f"patience must be at least 1, got {self.patience}")
         if self.schedule != "constant" and self._half.mask_scope != "batch":
             raise UserError(f'schedule = {self.schedule!r} needs mask_scope = "batch", got {self._half.mask_scope!r}')
+
+    def beside(self) -> str:
+        return "their validation accuracy" if self.schedule == "plateau" else ""
 
     @cached_property
     def _half(self) -> GatedClient:
@@ -157,6 +164,7 @@ class PFedGate(FederatedStrategy):
 
     def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
         """Refuse what would break a budget in every round, unless violations are only to be recorded."""
+        super().foresee(task, devices, plan)
         if plan.on_over_budget != "stop":
             return
         half, gated, record = self._half, self.gated, 'set budget.on_over_budget = "record" to run it all the same'
@@ -258,14 +266,16 @@ class PFedGate(FederatedStrategy):
         return "" if values.dtype == torch.float32 else f"tensor 'values' is {values.dtype}, not torch.float32"
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
-        state, cut = _gate(state), self.gated.cut
-        mean, touched, right, seen = MaskedMean(cut, task.shapes), np.zeros(cut.parts, bool), 0.0, 0.0
+        state, cut, rule = _gate(state), self.gated.cut, self.rule
+        mean, touched, right, seen = rule.parts(cut, state.params), np.zeros(cut.parts, bool), 0.0, 0.0
+        clients = turn = 0
         copies, following = dict(state.copies), dict(state.next)
         for reply in replies:
             tensors, scalars = reply.packet.tensors, reply.packet.scalars
             bits = unpack_bits(tensors["touched"], cut.parts)
-            mean.add(tensors["values"], bits, reply.weight)
-            touched |= bits
+            mean.add(rule.clipped_parts(tensors["values"], cut, bits, state.params), bits, reply.weight)
+            touched |= bits | bool(rule.noise)  # noise is on every part: which ones were trained stays private
+            clients, turn = clients + 1, reply.round
             if self._half.download == "changed":
                 copies[reply.device.id] = state.round
             if "next" in tensors:
@@ -275,7 +285,7 @@ class PFedGate(FederatedStrategy):
         sent = torch.from_numpy(touched)
         now = replace(
             state,
-            params=mean.result(state.params),
+            params=rule.noised(mean.result(state.params), state.params.keys(), clients, task.seed, turn),
             round=state.round + 1,
             changed=torch.where(sent, state.round + 1, state.changed),
             copies=copies,

@@ -88,6 +88,11 @@ class PruneFL(ChangingMask):
             raise UserError(f"transmission must be in [0, 1], got {self.transmission}")
         _numbers(self.layer_times)
 
+    def beside(self) -> str:
+        if self.initial == "client":
+            return "a model that one of them has pruned"
+        return "squared gradients" if self.changes else ""
+
     # --- before round 1 ----------------------------------------------------------------------------------------------
 
     def begin(self, task: Task, devices: Sequence[Device]) -> State:
@@ -166,9 +171,9 @@ class PruneFL(ChangingMask):
         if state.stage == "prune":
             return self._pruned(task, state, replies)
         if not self.adjusts(state, state.round + 1):
-            return self.averaged(state, replies)
-        mean = SquareMean(prunable(task).sizes)
-        new = self.averaged(state, replies, lambda reply: mean.add(reply.packet, reply.weight))
+            return self.averaged(task, state, replies)
+        mean = SquareMean(prunable(task).sizes, self.rule)
+        new = self.averaged(task, state, replies, lambda reply: mean.add(reply.packet, reply.weight))
         if (found := mean.result()) is None:
             return new
         share = prunable_share(self.max_dec, self.half_life, new.round)

@@ -29,7 +29,6 @@ from fedsparse.globalmask import (
 )
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import compact
-from fedsparse.sparse.mean import WeightedMean
 from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
 from fedsparse.strategy import Reply, State, misfit
 from fedsparse.task import Device, Task
@@ -55,7 +54,11 @@ class Ssfl(GlobalMaskStrategy):
     layer_densities: str = "global"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_densities(self.density, self.density_kind, self.layer_densities, RANKINGS)
+
+    def beside(self) -> str:
+        return "scores of all weights"
 
     def begin(self, task: Task, devices: Sequence[Device]) -> State:
         groups = ranked_groups(task, self.density, self.density_kind, self.layer_densities)
@@ -80,8 +83,8 @@ class Ssfl(GlobalMaskStrategy):
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, SsflState)
         if state.stage == "train":
-            return averaged(state, replies)
-        mean, names = WeightedMean(), []
+            return averaged(self.rule, task, state, replies)
+        mean, names = self.rule.whole(), []
         for reply in replies:
             mean.add(reply.packet.tensors, reply.weight)
             names = list(reply.packet.tensors)

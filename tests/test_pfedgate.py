@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from clients.fedavg import FedAvgClient
-from clients.pfedgate import PFedGateClient, _whole
+from clients.pfedgate import PFedGateClient
 from fedsparse.errors import UserError
 from fedsparse.experiment import from_dict
 from fedsparse.models import build_model
@@ -333,7 +333,7 @@ def test_untouched_weights_keep_their_bits_and_touched_ones_move(name: str, mode
     assert not touched.all()
     half = half_of(**options)
     merged = half.local(Packet("train", old), reply)
-    own = _whole(half._scene(task, make_client(task), merged, {}))
+    own = half._scene(task, make_client(task), merged, {}).whole()
     inside = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in old.items()}
     for region in cut.regions(touched):
         region.put_(inside[region.name], torch.ones_like(region.take(inside[region.name])))
@@ -516,7 +516,7 @@ def test_a_client_that_was_away_catches_up() -> None:
     for client in clients:
         packet = decode(encode(server.broadcast(state, client.device)))
         scene = half_of(download="changed")._scene(task, client, packet, memories[client.id])
-        own = _whole(scene)
+        own = scene.whole()
         assert all(torch.equal(own[n], t) for n, t in state.params.items())
 
 
@@ -711,7 +711,7 @@ def test_the_server_averages_only_what_was_sent(mode: str) -> None:
         packet = server.broadcast(state, client.device)
         reply, memory = train(task, client, packet, **options)
         replies.append(Reply(client.device, reply))
-        own.append(_whole(half._scene(task, client, half.local(packet, reply), memory)))
+        own.append(half._scene(task, client, half.local(packet, reply), memory).whole())
         marks = {n: torch.zeros_like(t, dtype=torch.bool) for n, t in old.items()}
         for region in cut.regions(unpack_bits(reply.tensors["touched"], cut.parts)):
             region.put_(marks[region.name], torch.ones_like(region.take(marks[region.name])))
