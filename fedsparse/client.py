@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedsparse.errors import UserError, unknown
+from fedsparse.errors import UserError, many_lines, unknown
 from fedsparse.masked import SquaredGradients
-from fedsparse.packet import Packet, Scalar, decode, encode, run_words
+from fedsparse.packet import Packet, Scalar, decode, encode, flaw, run_words
 from fedsparse.seeding import torch_rng, torch_seeded
 from fedsparse.sgd import OPTIMIZERS, Fit, optimizer_copies, sgd
 from fedsparse.sparse.masks import Mask
@@ -223,14 +223,19 @@ def client_app(task: Task, clients: Callable[[int], Client]) -> ClientApp:
 
         from fedsparse.lent import LentRecords
 
+        lend = getattr(context, "lend", False)  # our own engines
         try:
             client = clients(int(context.node_config["partition-id"]))
             reply = work(task, client, message.content, context)
+            if bad := flaw(reply):
+                raise UserError(f"the client half's reply: {bad}")
+            content = LentRecords(reply) if lend else encode(reply)
         except Exception as error:  # any engine then tells the server who failed, and how
             named = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            reply = Packet("error", scalars={"message": named, "trace": traceback.format_exc()})
-        lend = getattr(context, "lend", False)  # our own engines
-        return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
+            trace = many_lines(traceback.format_exc())
+            reply = Packet("error", scalars={"message": many_lines(named), "trace": trace})
+            content = LentRecords(reply) if lend else encode(reply)
+        return FlowerMessage(content, reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
