@@ -34,8 +34,8 @@ _DTYPES = {
 }
 _KNOWN = frozenset(_DTYPES.values())
 _STYPE = "numpy.ndarray"
-_LAYOUT, _CACHED = 1 << 18, 1 << 14  # characters of a layout: at most, and at most to be remembered
-_TENSORS, _DIMENSIONS, _ELEMENTS = 1 << 13, 16, 1 << 48
+_LAYOUT, _CACHED = 1 << 17, 1 << 14  # characters of a layout: at most, and at most to be remembered
+_TENSORS, _DIMENSIONS, _ELEMENTS = 1 << 12, 16, 1 << 48
 _KIND, _NAME, _SCALARS, _BITS = 64, 256, 1 << 10, 63  # characters; entries; bits of a whole number in Flower's messages
 _RECORDS = ("arrays", "config", "metrics")
 _HASH, _CHUNK = 64, 5 * 1024 * 1024  # Flower: characters of an object id; bytes of an array chunk
