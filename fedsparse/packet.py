@@ -33,7 +33,7 @@ _DTYPES = {
     name: getattr(torch, name) for name in ("uint8", "int8", "int16", "int32", "int64", "bool", "float64", "float16")
 }
 _KNOWN = frozenset(_DTYPES.values())
-_STYPE = "numpy.ndarray"
+_STYPE, _RESERVED = "numpy.ndarray", "__metadata__"
 _LAYOUT, _CACHED = 1 << 17, 1 << 14  # characters of a layout: at most, and at most to be remembered
 _TENSORS, _DIMENSIONS, _ELEMENTS = 1 << 12, 16, 1 << 48
 _KIND, _NAME, _SCALARS, _BITS = 64, 256, 1 << 10, 63  # characters; entries; bits of a whole number in Flower's messages
@@ -138,7 +138,8 @@ def flaw(packet: Packet) -> str:
     for name, tensor in packet.tensors.items():
         if bad := _flaw_of_name(name, _NAME):
             return bad
-        if bad := _flaw_of_tensor(tensor):
+        bad = "has a name that safetensors files keep for themselves" if name == _RESERVED else _flaw_of_tensor(tensor)
+        if bad:
             return f"tensor {shown(name)} {bad}"
     for name, value in packet.scalars.items():
         if bad := _flaw_of_name(name, _NAME):
@@ -290,6 +291,8 @@ def _count(shape: tuple[int, ...]) -> int:
 @lru_cache(maxsize=1024)
 def _layout(shapes: Shapes) -> str:
     for name, dtype, _ in shapes:
+        if name == _RESERVED:
+            raise UserError(f"tensor {name!r} has a name that safetensors files keep for themselves")
         if dtype != _FLOAT and dtype not in _DTYPES:
             raise UserError(f"tensor {name!r} has dtype {dtype}; a packet carries {_FLOAT}, {', '.join(_DTYPES)}")
     text = json.dumps(shapes, separators=(",", ":"))

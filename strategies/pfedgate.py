@@ -251,10 +251,13 @@ class PFedGate(FederatedStrategy):
         if values.dtype != torch.float32:
             return f"tensor 'values' is {values.dtype}, not torch.float32"
         try:
-            for _ in unpack(values, cut, unpack_bits(packet.tensors["touched"], cut.parts), task.shapes):
+            touched = unpack_bits(packet.tensors["touched"], cut.parts)
+            for _ in unpack(values, cut, touched, task.shapes):
                 break
             if "next" in wanted and not unpack_bits(packet.tensors["next"], cut.blocks)[cut.forced].all():
                 return "the kept set of its next round leaves out blocks that are always kept"
+            if "next" in wanted and (touched & ~cut.touched(self._next(_gate(state), reply.device))).any():
+                return "it sends parts of the model that it did not get"
         except UserError as error:
             return str(error)
         seen, right = (packet.scalars.get(f"validation_{word}", 0) for word in ("seen", "right"))
