@@ -772,3 +772,46 @@ def test_nothing_in_the_library_unpickles() -> None:
     root = Path(fedsparse.__file__).parents[1]
     for path in [p for folder in ("fedsparse", "strategies", "clients") for p in (root / folder).rglob("*.py")]:
         assert not re.search(r"torch\.load\(|pickle\.load|Unpickler|allow_pickle\s*=\s*True", path.read_text()), path
+
+
+def with_scalars(exchange: Exchange, **said: Any) -> list[Message]:
+    """The genuine replies, the first one with other scalars; None = without."""
+    first = exchange.replies[0]
+    packet = decode(first.content)
+    scalars = {name: v for name, v in {**packet.scalars, **said}.items() if v is not None}
+    changed = Message(encode(replace(packet, scalars=scalars)), reply_to=first)
+    return [from_node(changed, first.metadata.src_node_id), *exchange.replies[1:]]
+
+
+@pytest.mark.parametrize(
+    ("stage", "said"),
+    [
+        *[("train", {"weight": w}) for w in (None, 0, -1, 1e17, 1e308, 2**60, "3", float("nan"), float("inf"))],
+        *[("train", {"loss": x}) for x in (1e301, -1e308, "low", float("nan"))],
+        *[("train", {n: x}) for n in ("samples", "flops", "memory", "train_seconds") for x in (-1, 1e301, "x")],
+        *[("train", {"density_true": -0.1}), ("train", {"forward_macs_max": "many"})],
+        *[("train", {"local.n": 3}), ("train", {"personal.n": 3, "personal.correct": 1, "personal.loss": 1.0})],
+        *[("train", {"failed.n": 1, "failed.correct": 0, "failed.loss": 0.0}), ("train", {"client.n": 0})],
+        *[("evaluate", {"personal.n": n}) for n in (None, -1, 2.0, "8", 2**60)],
+        *[("evaluate", {"personal.correct": c}) for c in (None, -1, 1.0, 10**6)],
+        *[("evaluate", {"personal.loss": x}) for x in (None, float("nan"), 1e301, "0")],
+        *[("evaluate", {"mine.n": 1, "mine.correct": 1, "mine.loss": 0.0}), ("evaluate", {".n": 1})],
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(stage: str, said: Mapping[str, Any]) -> None:
+    exchange = next(e for e in exchanges("fedavg") if e.stage == stage)
+    with pytest.raises(ClientError) as caught:
+        exchange.take(with_scalars(exchange, **said))
+    good_line(caught.value, exchange, exchange.replies[0].metadata.src_node_id)
+    name = next(iter(said))
+    assert f"'{name.rpartition('.')[0] or name}" in str(caught.value) or name == ".n"
+
+
+def test_the_largest_weight_and_values_leave_a_finite_state() -> None:
+    exchange = next(e for e in exchanges("fedavg") if e.stage == "train")
+    first, *others = with_scalars(exchange, weight=2**53)
+    packet = decode(first.content)
+    huge = replace(packet, tensors={n: torch.full_like(t, 3.4028234e38) for n, t in packet.tensors.items()})
+    node = first.metadata.src_node_id
+    after = exchange.take([from_node(Message(encode(huge), reply_to=exchange.replies[0]), node), *others])
+    assert all(bool(torch.isfinite(t).all()) for t in after.tensors().values())
