@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedsparse.errors import UserError, unknown
+from fedsparse.errors import UserError, many_lines, unknown
 from fedsparse.masked import SquaredGradients
-from fedsparse.packet import Packet, Scalar, decode, encode, run_words
+from fedsparse.packet import Packet, Scalar, decode, encode, flaw, run_words
 from fedsparse.seeding import torch_rng, torch_seeded
 from fedsparse.sgd import OPTIMIZERS, Fit, optimizer_copies, sgd
 from fedsparse.sparse.masks import Mask
@@ -230,7 +230,8 @@ def named(error: Exception) -> str:
 
 def error_packet(error: Exception) -> Packet:
     """What a client answers when it failed: what went wrong, and its traceback."""
-    return Packet("error", scalars={"message": named(error), "trace": traceback.format_exc()})
+    said = {"message": named(error), "trace": traceback.format_exc()}
+    return Packet("error", scalars={key: many_lines(text) for key, text in said.items()})
 
 
 def client_app(task: Task, clients: Callable[[int], Client], mods: Sequence[Mod] = ()) -> ClientApp:
@@ -250,15 +251,19 @@ def client_app(task: Task, clients: Callable[[int], Client], mods: Sequence[Mod]
 
         from fedsparse.lent import LentRecords
 
+        lend = getattr(context, "lend", False)  # our own engines
         try:
             client = clients(int(context.node_config["partition-id"]))
             reply = work(task, client, message.content, context)
+            if bad := flaw(reply):
+                raise UserError(f"the client half's reply: {bad}")
+            content = LentRecords(reply) if lend else encode(reply)
         except Exception as error:  # any engine then tells the server who failed, and how
             if alike and message.metadata.message_type == MessageType.TRAIN:  # those mods take any packet for a model
-                return FlowerMessage(Error(_FAILED, named(error)), reply_to=message)
+                return FlowerMessage(Error(_FAILED, many_lines(named(error))), reply_to=message)
             reply = error_packet(error)
-        lend = getattr(context, "lend", False)  # our own engines
-        return FlowerMessage(LentRecords(reply) if lend else encode(reply), reply_to=message)
+            content = LentRecords(reply) if lend else encode(reply)
+        return FlowerMessage(content, reply_to=message)
 
     @app.train(mods=list(mods))
     def train(message: Message, context: Context) -> Message:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+_SHORT.maxlevel = 2
 
 
 class UserError(ValueError):
@@ -16,6 +21,28 @@ class ClientError(UserError):
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message)
         self.trace = trace
+
+
+def shown(value: object) -> str:
+    """A value from outside as an error's line shows it: a short repr, without control characters."""
+    if isinstance(value, int) and value.bit_length() > 64:  # Python refuses to write out very long ones
+        return f"an integer of {value.bit_length()} bits"
+    return _SHORT.repr(value)
+
+
+def one_line(text: str, most: int = 1000) -> str:
+    """Text from outside as one printable line of ``most`` characters at most."""
+    line = " ".join(text[: 2 * most].split())
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line[:most])
+    return line[:most] + ("..." if len(line) > most or len(text) > 2 * most else "")
+
+
+def many_lines(text: str, most: int = 20_000) -> str:
+    """The end of a text from outside, printable and with its line breaks; ``most`` characters at most."""
+    return "\n".join(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        for line in text[-most:].split("\n")
+    )[-most:]
 
 
 def unknown(kind: str, value: str, known: Iterable[str]) -> UserError:

@@ -41,7 +41,7 @@ from fedsparse.sparse.pruning import (
     layer_counts,
     weight_budget,
 )
-from fedsparse.strategy import AggregatingStrategy, Reply, State, aggregated, misfit
+from fedsparse.strategy import AggregatingStrategy, Reply, State, aggregated, form, misfit
 from fedsparse.task import Client, Device, Params, Score, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
@@ -307,8 +307,8 @@ def masked_form(task: Task, params: Mapping[str, Tensor], counts: Mapping[str, i
     """Tensors of the names, shapes and types that a reply with the client's own mask has: (kept,) values of
     ``counts`` and their packed positions; ``params`` give the others."""
     sizes = prunable(task).sizes
-    values = {name: torch.empty(counts[name]) if name in counts else t for name, t in params.items()}
-    packed = {_MASK + n: torch.empty(packed_bytes(sizes[n], k), dtype=torch.uint8) for n, k in counts.items()}
+    values = {name: form(counts[name]) if name in counts else t for name, t in params.items()}
+    packed = {_MASK + n: form(packed_bytes(sizes[n], k), dtype=torch.uint8) for n, k in counts.items()}
     return {**values, **packed}
 
 
@@ -330,9 +330,9 @@ def own_mask(task: Task, reply: Packet) -> dict[str, Tensor]:
     return mask
 
 
-def own_mask_complaint(task: Task, reply: Packet, kind: str, form: Mapping[str, Tensor]) -> str:
-    """What is wrong with a reply that has a mask of its own and should look like ``form``, or ""."""
-    if bad := misfit(reply, kind, form):
+def own_mask_complaint(task: Task, reply: Packet, kind: str, like: Mapping[str, Tensor]) -> str:
+    """What is wrong with a reply that has a mask of its own and should look like ``like``, or ""."""
+    if bad := misfit(reply, kind, like):
         return bad
     try:
         own_mask(task, reply)

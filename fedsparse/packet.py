@@ -9,6 +9,7 @@ than one Array a tensor, and decodes without a copy.
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedsparse.errors import UserError
+from fedsparse.errors import UserError, shown
 
 if TYPE_CHECKING:
     from flwr.app import RecordDict
@@ -31,6 +32,12 @@ _FLOAT = "float32"
 _DTYPES = {
     name: getattr(torch, name) for name in ("uint8", "int8", "int16", "int32", "int64", "bool", "float64", "float16")
 }
+_KNOWN = frozenset(_DTYPES.values())
+_STYPE, _RESERVED = "numpy.ndarray", "__metadata__"
+_LAYOUT, _CACHED = 1 << 17, 1 << 14  # characters of a layout: at most, and at most to be remembered
+_TENSORS, _DIMENSIONS, _ELEMENTS = 1 << 12, 16, 1 << 48
+_KIND, _NAME, _SCALARS, _BITS = 64, 256, 1 << 10, 63  # characters; entries; bits of a whole number in Flower's messages
+_RECORDS = ("arrays", "config", "metrics")
 _HASH, _CHUNK = 64, 5 * 1024 * 1024  # Flower: characters of an object id; bytes of an array chunk
 
 with warnings.catch_warnings():  # torch says once per process that bytes are read-only; packets are, by contract
@@ -74,7 +81,7 @@ def encode(packet: Packet, *, run: str = "") -> RecordDict:
     shapes = shapes_of(packet.tensors)
     floats = [packet.tensors[name].detach().reshape(-1) for name, dtype, _ in shapes if dtype == _FLOAT]
     count = sum(len(t) for t in floats)
-    arrays = ArrayRecord({"flat": Array(dtype=_FLOAT, shape=(count,), stype="numpy.ndarray", data=b"")})
+    arrays = ArrayRecord({"flat": Array(dtype=_FLOAT, shape=(count,), stype=_STYPE, data=b"")})
     arrays["flat"].data = b"".join([_npy_header(count), *(t.contiguous().cpu().numpy().data for t in floats)])
     return RecordDict(
         {
@@ -85,29 +92,110 @@ def encode(packet: Packet, *, run: str = "") -> RecordDict:
     )
 
 
-def decode(records: RecordDict) -> Packet:
+def decode(records: RecordDict, *, alone: bool = False) -> Packet:
     """The packet that ``encode`` wrote; its float32 tensors are views of the payload, which must not be written to.
 
-    Raises UserError for records that are no packet or whose sizes do not fit their layout.
+    alone: the records hold nothing else. Raises UserError for records that are no packet, whose sizes do not fit their
+    layout, or that have a :func:`flaw`. Nothing is unpickled, and of what a layout announces nothing is allocated.
     """
     lent = getattr(records, "packet", None)
     if isinstance(lent, Packet):
         return lent
     try:
         config: Mapping[str, Any] = records["config"]
-        arrays: Any = records["arrays"]
-        data = memoryview(arrays["flat"].data)
+        array: Any = records["arrays"]["flat"]
+        data = memoryview(array.data).cast("B")
         metrics: Mapping[str, Any] = records["metrics"]
-        kind, shapes = str(config["kind"]), _parse(str(config["layout"]))
+        kind, layout = config["kind"], config["layout"]
+        if not isinstance(kind, str) or not isinstance(layout, str):
+            raise TypeError("its kind and its layout must be words")
+        if bad := _flaw_of_name(kind, _KIND):
+            raise ValueError(bad)
+        form = array.dtype, tuple(array.shape), array.stype
+        shapes = _parse(layout) if len(layout) <= _CACHED else _read_layout(layout)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"not a fedsparse packet: {error!r} (records: {sorted(records)})") from error
+        raise UserError(f"not a fedsparse packet: {shown(error)} (records: {shown(sorted(records))})") from error
     count = sum(_count(shape) for _, dtype, shape in shapes if dtype == _FLOAT)
-    if len(data) != HEADER + 4 * count or bytes(data[:HEADER]) != _npy_header(count):
+    fits = len(data) == HEADER + 4 * count and bytes(data[:HEADER]) == _npy_header(count)
+    if not fits or form != (_FLOAT, (count,), _STYPE):
         raise UserError(f"packet {kind!r}: {len(data)} bytes of floats do not fit its layout of {count} values")
     raw = {n: _raw(kind, n, config.get(f"t.{n}"), _DTYPES[d], s) for n, d, s in shapes if d != _FLOAT}
-    scalars: dict[str, Scalar] = {k[2:]: str(v) for k, v in config.items() if k.startswith("s.")}
-    scalars.update(metrics)
-    return Packet(kind, take_floats(data[HEADER:], shapes, raw), scalars)
+    words = {k[2:]: v for k, v in config.items() if k.startswith("s.")}
+    if twice := words.keys() & metrics.keys():
+        raise UserError(f"packet {kind!r}: scalar {shown(min(twice))} is there twice")
+    packet = Packet(kind, take_floats(data[HEADER:], shapes, raw), {**words, **metrics})
+    if bad := flaw(packet) or (_more(records, packet) if alone else ""):
+        raise UserError(f"packet {kind!r}: {bad}")
+    return packet
+
+
+def flaw(packet: Packet) -> str:
+    """What of a packet could not be sent, or "": its kind and names, the types of its tensors and scalars."""
+    if bad := _flaw_of_name(packet.kind, _KIND):
+        return bad
+    if len(packet.tensors) > _TENSORS or len(packet.scalars) > _SCALARS:
+        return f"it has {len(packet.tensors)} tensors and {len(packet.scalars)} scalars, too many"
+    for name, tensor in packet.tensors.items():
+        if bad := _flaw_of_name(name, _NAME):
+            return bad
+        bad = "has a name that safetensors files keep for themselves" if name == _RESERVED else _flaw_of_tensor(tensor)
+        if bad:
+            return f"tensor {shown(name)} {bad}"
+    for name, value in packet.scalars.items():
+        if bad := _flaw_of_name(name, _NAME):
+            return bad
+        if bad := _flaw_of_scalar(value):
+            return f"scalar {shown(name)} {bad}"
+    return ""
+
+
+def _flaw_of_name(name: object, most: int) -> str:
+    good = isinstance(name, str) and len(name) <= most and _is_text(name)
+    return "" if good else f"the name {shown(name)} is no text of at most {most} characters"
+
+
+def _flaw_of_tensor(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return "is no tensor"
+    if tensor.dtype != torch.float32 and tensor.dtype not in _KNOWN:
+        return f"has dtype {str(tensor.dtype)[6:]}; a packet carries {_FLOAT}, {', '.join(_DTYPES)}"
+    if tensor.layout != torch.strided or tensor.device.type != "cpu":
+        return f"is {tensor.layout} on {tensor.device}; a packet carries dense tensors in main memory"
+    return ""
+
+
+def _flaw_of_scalar(value: object) -> str:
+    if isinstance(value, str):
+        return "" if _is_text(value) else "is no text"
+    if isinstance(value, int):
+        return "" if -(1 << _BITS) <= value < 1 << _BITS else f"is {shown(value)}, at most 64 fit"
+    return "" if isinstance(value, float) else f"is a {type(value).__name__}; a packet carries numbers and words"
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written as UTF-8, which halves of surrogate pairs cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _more(records: RecordDict, packet: Packet) -> str:
+    """What the records hold beside the packet, or ""."""
+    if other := set(records) - set(_RECORDS):
+        return f"record {shown(min(other))} is not wanted"
+    arrays: Mapping[str, Any] = records["arrays"]
+    if len(arrays) > 1:
+        return f"it has {len(arrays)} arrays, one is wanted"
+    known = {"kind", "layout", "run", *(f"t.{n}" for n, t in packet.tensors.items() if t.dtype != torch.float32)}
+    known |= {f"s.{name}" for name, value in packet.scalars.items() if isinstance(value, str)}
+    words: Mapping[str, Any] = records["config"]
+    if odd := words.keys() - known or {k for k in ("run",) if not isinstance(words.get(k, ""), str)}:
+        return f"entry {shown(min(odd))} is not wanted"
+    return ""
 
 
 def run_words(records: RecordDict) -> str:
@@ -177,7 +265,12 @@ def _npy_header(count: int) -> bytes:
 def _raw(kind: str, name: str, data: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     count = _count(shape)
     if not isinstance(data, bytes) or len(data) != count * dtype.itemsize:
-        raise UserError(f"packet {kind!r}: tensor {name!r} has not the {count} values of {dtype} that its layout names")
+        raise UserError(
+            f"packet {kind!r}: tensor {shown(name)} has not the {count} values of {dtype} that its layout names"
+        )
+    # torch takes any other byte for true here and for a count there
+    if dtype == torch.bool and count and int(torch.frombuffer(data, dtype=torch.uint8).max()) > 1:
+        raise UserError(f"packet {kind!r}: tensor {shown(name)} has bytes that are neither true nor false")
     return (torch.frombuffer(data, dtype=dtype) if count else torch.empty(0, dtype=dtype)).view(shape)
 
 
@@ -195,20 +288,51 @@ def _count(shape: tuple[int, ...]) -> int:
     return count
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def _layout(shapes: Shapes) -> str:
     for name, dtype, _ in shapes:
+        if name == _RESERVED:
+            raise UserError(f"tensor {name!r} has a name that safetensors files keep for themselves")
         if dtype != _FLOAT and dtype not in _DTYPES:
             raise UserError(f"tensor {name!r} has dtype {dtype}; a packet carries {_FLOAT}, {', '.join(_DTYPES)}")
-    return json.dumps(shapes, separators=(",", ":"))
+    text = json.dumps(shapes, separators=(",", ":"))
+    if len(text) > _LAYOUT or len(shapes) > _TENSORS:
+        raise UserError(f"a packet carries {_TENSORS} tensors and a layout of {_LAYOUT} characters, not {len(shapes)}")
+    return text
 
 
-@lru_cache(maxsize=4096)
-def _parse(layout: str) -> Shapes:
-    shapes = tuple((str(n), str(d), tuple(int(i) for i in s)) for n, d, s in json.loads(layout))
-    if any(min(s, default=0) < 0 or (d != _FLOAT and d not in _DTYPES) for _, d, s in shapes):
-        raise ValueError("bad layout")
+def _read_layout(layout: str) -> Shapes:
+    """The layout in a text from outside. Raises ValueError for anything but distinct names with types and shapes."""
+    if len(layout) > _LAYOUT:
+        raise ValueError(f"a layout of {len(layout)} characters, at most {_LAYOUT}")
+    try:
+        entries = json.loads(layout)
+    except RecursionError as error:
+        raise ValueError("a layout of too many brackets") from error
+    if not isinstance(entries, list) or len(entries) > _TENSORS:
+        raise ValueError(f"a layout that is no list of at most {_TENSORS} tensors")
+    shapes = tuple(_read_entry(entry) for entry in entries)
+    if len({name for name, _, _ in shapes}) != len(shapes):
+        raise ValueError("a layout with one name twice")
     return shapes
+
+
+_parse = lru_cache(maxsize=64)(_read_layout)  # few and short: they come from outside
+
+
+def _read_entry(entry: Any) -> tuple[str, str, tuple[int, ...]]:
+    if not isinstance(entry, list) or len(entry) != 3:
+        raise ValueError(f"a layout with {shown(entry)} for a tensor")
+    name, dtype, shape = entry
+    if not isinstance(dtype, str) or (dtype != _FLOAT and dtype not in _DTYPES):
+        raise ValueError(f"a layout with dtype {shown(dtype)}")
+    if not isinstance(name, str) or not isinstance(shape, list) or len(shape) > _DIMENSIONS:
+        raise ValueError(f"a layout with {shown(entry)} for a tensor")
+    if any(type(size) is not int or not 0 <= size <= _ELEMENTS for size in shape):
+        raise ValueError(f"a layout with shape {shown(shape)}")
+    if math.prod(max(size, 1) for size in shape) > _ELEMENTS:
+        raise ValueError(f"a layout with shape {shown(shape)}")
+    return name, dtype, tuple(shape)
 
 
 def _config(packet: Packet, shapes: Shapes, run: str) -> dict[str, Any]:
@@ -249,7 +373,7 @@ def _fixed_bytes(kind: str, run: str, shapes: Shapes) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def _array_bytes(size: int, count: int) -> int:
     chunks = -(-size // _CHUNK)
-    body = {"dtype": _FLOAT, "shape": [count], "stype": "numpy.ndarray", "arraychunk_ids": list(range(chunks))}
+    body = {"dtype": _FLOAT, "shape": [count], "stype": _STYPE, "arraychunk_ids": list(range(chunks))}
     return (
         _object("RecordDict", 3, _refs("arrays", "config", "metrics"))
         + _object("ArrayRecord", 1, _refs("flat"))

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fedsparse import cost
 from fedsparse.aggregation import Aggregation
-from fedsparse.errors import UserError
+from fedsparse.errors import UserError, shown
 from fedsparse.globalmask import folded, prunable, unfolded
 from fedsparse.masked import SquaredGradients, score_masked
 from fedsparse.packet import Packet, Scalar
+from fedsparse.replies import LARGEST_NUMBER, form, is_number
 from fedsparse.sgd import Fit, batches
 from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.importance import largest_of_all, most_per_time, most_squared, untouchable
@@ -83,14 +84,14 @@ def square_tensors(squares: SquaredGradients) -> tuple[dict[str, Tensor], dict[s
 
 def square_form(sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """Tensors of the names, shapes and types that they have in a reply."""
-    return {_SQUARE + name: torch.empty(size) for name, size in sizes.items()}
+    return {_SQUARE + name: form(size) for name, size in sizes.items()}
 
 
 def square_complaint(reply: Packet, sizes: Mapping[str, int]) -> str:
     """What is wrong with those in a reply of the right form, or ""."""
     rest = reply.scalars.get(_REST)
-    if not isinstance(rest, int | float) or rest < 0:
-        return f"the reply's scalar {_REST!r} must be a number of at least 0, got {rest!r}"
+    if not is_number(rest, 0, LARGEST_NUMBER):
+        return f"the reply's scalar {_REST!r} must be a number of at least 0, got {shown(rest)}"
     wrong = (name for name in sizes if bool((reply.tensors[_SQUARE + name] < 0).any()))
     return next((f"squared gradients of {name!r}: one is below 0" for name in wrong), "")
 

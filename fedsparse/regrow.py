@@ -18,6 +18,7 @@ from fedsparse.errors import UserError
 from fedsparse.globalmask import prunable
 from fedsparse.masked import Found, top_gradients
 from fedsparse.packet import Packet
+from fedsparse.replies import form
 from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
@@ -71,7 +72,7 @@ def gradient_form(counts: Mapping[str, int], sizes: Mapping[str, int]) -> dict[s
     """Tensors of the names, shapes and types that ``counts`` gradients of each weight have in a reply."""
     out: dict[str, Tensor] = {}
     for name, a in counts.items():
-        out |= {_TOP + name: torch.empty(a), _AT + name: torch.empty(packed_bytes(sizes[name], a), dtype=torch.uint8)}
+        out |= {_TOP + name: form(a), _AT + name: form(packed_bytes(sizes[name], a), dtype=torch.uint8)}
     return out
 
 
@@ -82,9 +83,17 @@ def gradient_complaint(reply: Packet, counts: Mapping[str, int], sizes: Mapping[
             positions = unpack_positions(reply.tensors[_AT + name], sizes[name], a)
         except UserError as error:
             return f"gradients of {name!r}: {error}"
-        if bool(torch.isin(positions, mask[name]).any()):
+        if _overlap(positions, mask[name]):
             return f"gradients of {name!r}: a position is that of a kept weight"
     return ""
+
+
+def _overlap(positions: Tensor, kept: Tensor) -> bool:
+    """Whether two ascending int32 tensors have a position in common; in less memory than ``torch.isin`` takes."""
+    if not len(kept):
+        return False
+    at = torch.searchsorted(kept, positions, out_int32=True).clamp_(max=len(kept) - 1)
+    return bool((kept[at] == positions).any())
 
 
 class GradientMean:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,10 +17,13 @@ from torch import Tensor
 
 from fedsparse.aggregation import Aggregation
 from fedsparse.client import ONBOARD, RunWords
-from fedsparse.errors import ClientError, UserError
+from fedsparse.errors import ClientError, UserError, one_line, shown
 from fedsparse.lent import LentRecords
 from fedsparse.models.norms import statistic_names
-from fedsparse.packet import Packet, decode, encode, wire_bytes
+from fedsparse.packet import Packet, encode, wire_bytes
+from fedsparse.replies import SCORING, is_count, not_finite, read, scalar_complaint
+from fedsparse.replies import form as form
+from fedsparse.replies import misfit as misfit
 from fedsparse.rows import (
     POINTS,
     DenseCosts,
@@ -36,7 +39,8 @@ from fedsparse.rows import (
 from fedsparse.seeding import sample_cohort
 from fedsparse.task import Client, Device, Split, Task
 
-_SCORING = ("evaluate", ONBOARD)  # stages whose replies hold scores and nothing else
+_MOST_CLIENTS = 1 << 20  # on a grid whose nodes say their own numbers: states have an entry a number
+_log = logging.getLogger("fedsparse")
 OnRound = Callable[[dict[str, Any]], None]
 
 
@@ -103,6 +107,7 @@ class _Session:
     state: State
     config: Mapping[str, Any]  # the client half's hyper-parameters
     rows: dict[int, Row] = field(default_factory=dict)  # of this round, by device id
+    asked: set[int] = field(default_factory=set)  # device ids of this exchange
     waited: float = 0.0  # seconds spent waiting for replies in this exchange
     failures: int = 0
     evaluation_bytes: int = 0
@@ -169,7 +174,10 @@ class FederatedStrategy(Strategy):
         return cohort
 
     def complaint(self, task: Task, state: State, reply: Reply) -> str:
-        """What is wrong with a training reply's kind, names, shapes or types, or "". Checked before ``reduce``."""
+        """What is wrong with a training reply's kind, names, shapes, types, or what else ``reduce`` relies on, or "".
+
+        Checked before ``reduce``, on tensors whose values may still be anything. By default a reply may be of any form.
+        """
         return ""
 
     def notes(self, task: Task, devices: Sequence[Device]) -> tuple[str, ...]:
@@ -288,7 +296,7 @@ class FederatedStrategy(Strategy):
         initial: ArrayRecord | None,
         state: State | None,
     ) -> _Session:
-        nodes = _who_is_there(grid, timeout)
+        nodes = _who_is_there(grid, timeout, plan.on_client_error)
         given = {d.id: d for d in devices}
         if missing := sorted(given.keys() - nodes.keys()):
             raise UserError(f"devices {missing[:5]} have no client on this grid of {len(nodes)}")
@@ -343,6 +351,7 @@ class FederatedStrategy(Strategy):
         cohort = sample_cohort(s.participants, s.plan.fraction, s.plan.seed, server_round)
         words = self._words(server_round, local=s.plan.evaluates(server_round, s.rounds))
         asked = self.invited(s.state, [s.devices[i] for i in cohort])
+        s.asked = {device.id for device in asked}
         packets = ((device, self.broadcast(s.state, device)) for device in asked)
         for device, records, size in _encoded(packets, words, grid):
             s.ask(server_round, device, size)
@@ -354,11 +363,11 @@ class FederatedStrategy(Strategy):
         """Check, account and reduce the replies; the new state is kept."""
         s = self._session
         stream = self._replies(server_round, replies)
-        s.state = self.reduce(s.task, s.state, stream)
+        new = self.reduce(s.task, s.state, stream)
         for _ in stream:  # a method may stop reading early; the accounts may not
             pass
         self._count_lost(server_round)
-        answered = len(s.rows) - s.failures
+        answered = sum(not row["failed"] for row in s.rows.values())
         least = s.plan.min_replies if server_round else min(s.plan.min_replies, len(s.rows))
         if answered < max(1, least):
             raise ClientError(
@@ -366,6 +375,9 @@ class FederatedStrategy(Strategy):
                 f" at least {least} must; the first failure: {s.errors[0] if s.errors else 'none'}",
                 s.errors[0].trace if s.errors else "",
             )
+        if bad := not_finite(new.tensors()):
+            raise UserError(f"round {server_round}: once averaged {bad}, although all replies were; it is not kept")
+        s.state = new
         return None, None
 
     def configure_evaluate(
@@ -376,6 +388,7 @@ class FederatedStrategy(Strategy):
         if not s.plan.evaluates(server_round, s.rounds):
             return
         ids = sample_cohort(s.participants, s.plan.evaluate_fraction, s.plan.seed, -server_round)
+        s.asked = set(ids)
         packets = ((s.devices[i], replace(self.deployed(s.state, s.devices[i]), kind="evaluate")) for i in ids)
         for device, records, size in _encoded(packets, self._words(server_round), grid):
             s.evaluation_bytes += size
@@ -384,7 +397,7 @@ class FederatedStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Put each client's scores in its row; returns the mean personal accuracy."""
         s = self._session
-        for device, message in _in_order(s, replies):
+        for device, message in self._answers(server_round, "evaluate", replies):
             packet = self._packet(server_round, "evaluate", device, message)
             if packet is None:
                 continue
@@ -403,13 +416,14 @@ class FederatedStrategy(Strategy):
         s, start = self._session, time.perf_counter()
         s.failures, s.evaluation_bytes, s.errors = 0, 0, []
         novel = {i: s.devices[i] for i in sorted(s.plan.novel)}
+        s.asked = set(novel)
         packets = ((d, replace(self.deployed(s.state, d), kind=ONBOARD)) for d in novel.values())
         messages, found = [], {}
         for device, records, size in _encoded(packets, self._words(s.rounds), grid):
             s.evaluation_bytes += size
             messages.append(_message(records, s.nodes[device.id], MessageType.EVALUATE, s.rounds))
         lost = dict(novel)
-        for device, message in _in_order(s, grid.send_and_receive(messages, timeout=timeout)):
+        for device, message in self._answers(s.rounds, ONBOARD, grid.send_and_receive(messages, timeout=timeout)):
             del lost[device.id]
             if packet := self._packet(s.rounds, ONBOARD, device, message):
                 s.evaluation_bytes += wire_bytes(message.content)
@@ -427,7 +441,7 @@ class FederatedStrategy(Strategy):
     def _replies(self, server_round: int, messages: Iterable[Message]) -> Iterator[Reply]:
         s = self._session
         s.waited = 0.0
-        for device, message in _in_order(s, messages):
+        for device, message in self._answers(server_round, s.state.stage, messages):
             packet = self._packet(server_round, s.state.stage, device, message)
             if packet is None:
                 continue
@@ -435,38 +449,49 @@ class FederatedStrategy(Strategy):
             self._check_budget(server_round, device, s.rows[device.id])
             yield Reply(device, packet, server_round)
 
+    def _answers(self, server_round: int, stage: str, messages: Iterable[Message]) -> Iterator[tuple[Device, Message]]:
+        """The replies of those that were asked, each once, in device order; timed. Our engines send them so, as a
+        stream."""
+        s, left, last = self._session, set(self._session.asked), -1
+        pairs = ((s.ids.get(m.metadata.src_node_id, -1), m) for m in _timed(s, messages))
+        for i, message in pairs if getattr(messages, "ordered", False) else sorted(pairs, key=lambda pair: pair[0]):
+            if i not in left:
+                who = f"client {i}" if i in s.devices else f"node {message.metadata.src_node_id}"
+                why = "it answered twice" if i in s.asked else "it answered and was not asked"
+                self._refuse(ClientError(f"{who}, round {server_round}, stage {stage}: {why}"))
+                continue
+            if i < last:
+                raise ClientError(f"client {i}, round {server_round}, stage {stage}: it answered out of order")
+            left.remove(i)
+            last = i
+            yield s.devices[i], message
+
     def _packet(self, server_round: int, stage: str, device: Device, message: Message) -> Packet | None:
-        """The decoded reply; None if it failed and failures are skipped."""
-        training = stage not in _SCORING
+        """The checked reply; None if it failed and failures are skipped."""
+        s, training = self._session, stage not in SCORING
         where = f"client {device.id}, round {server_round}, stage {stage}"
         try:
-            if message.has_error():
-                raise ClientError(f"{where}: {message.error.reason}")
-            packet = _decoded(where, message)
-            if packet.kind == "error":
-                said = packet.scalars.get("message", "an error without a message")
-                raise ClientError(f"{where}: {said}", str(packet.scalars.get("trace", "")))
-            if bad := _not_finite(packet):
-                raise ClientError(f"{where}: {bad} is not finite (NaN or infinite)")
-            if training and not _is_weight(packet.scalars.get("weight")):
-                weight = packet.scalars.get("weight")
-                raise ClientError(f"{where}: the reply's scalar 'weight' must be a number above 0, got {weight!r}")
-            if training and (complaint := self._complaint(device, packet)):
-                raise ClientError(f"{where}: {complaint}")
+            packet = read(where, message)
+            bad = scalar_complaint(packet, stage)
+            if training:  # the form comes before the values: it bounds what is looked at
+                bad = bad or self.complaint(s.task, s.state, Reply(device, packet)) or not_finite(packet.tensors)
+            if bad:
+                raise ClientError(f"{where}: {one_line(bad)}")
         except ClientError as error:
             self._fail(device, error, training=training)
             return None
         return packet
 
-    def _complaint(self, device: Device, packet: Packet) -> str:
-        return self.complaint(self._session.task, self._session.state, Reply(device, packet))
-
-    def _fail(self, device: Device, error: ClientError, *, training: bool) -> None:
-        """Stop the run, or count the failure and leave the client out of this round."""
+    def _refuse(self, error: ClientError) -> None:
+        """Stop the run, or count the failure."""
         if self._session.plan.on_client_error == "stop":
             raise error
         self._session.failures += 1
         self._session.errors.append(error)
+
+    def _fail(self, device: Device, error: ClientError, *, training: bool) -> None:
+        """Stop the run, or count the failure and leave the client out of this round."""
+        self._refuse(error)
         if training:  # a failed evaluation leaves the accounts of training as they are
             self._session.rows[device.id]["failed"] = True
 
@@ -609,18 +634,37 @@ def aggregated(
 # --- helpers ---------------------------------------------------------------------------------------------------------
 
 
-def _who_is_there(grid: Grid, timeout: float) -> dict[int, int]:
-    """Device id (partition number) -> node id. Our engines know; others are asked with a query message each."""
+def _who_is_there(grid: Grid, timeout: float, on_error: str) -> dict[int, int]:
+    """Device id (partition number) -> node id. Our engines know; others are asked with a query message each.
+
+    A node without a proper answer, and all that claim one number, stop the run, or are left out with a warning.
+    """
     known: dict[int, int] | None = getattr(grid, "partitions", None)
     if known is not None:
         return dict(known)
     asked = [_message(encode(Packet("query")), node, MessageType.QUERY, 0) for node in sorted(grid.get_node_ids())]
-    nodes: dict[int, int] = {}
+    claims: dict[int, set[int]] = {}
     for reply in grid.send_and_receive(asked, timeout=timeout):
-        if reply.has_error():
-            raise ClientError(f"node {reply.metadata.src_node_id} did not answer the query: {reply.error.reason}")
-        nodes[int(decode(reply.content).scalars["id"])] = reply.metadata.src_node_id
-    return nodes
+        node = reply.metadata.src_node_id
+        try:
+            packet = read(f"node {node}, query", reply)
+            number = packet.scalars.get("id")
+            bad = misfit(packet, "partition", {})
+            if bad or not is_count(number, 0, max(_MOST_CLIENTS, len(asked)) - 1):
+                raise ClientError(f"node {node}, query: {bad or f'its partition-id is {shown(number)}'}")
+            claims.setdefault(number, set()).add(node)
+        except ClientError as error:
+            _stop_or_warn(error, on_error)
+    for number, nodes in claims.items():
+        if len(nodes) > 1:
+            _stop_or_warn(ClientError(f"nodes {sorted(nodes)[:5]} all say that they are client {number}"), on_error)
+    return {number: next(iter(nodes)) for number, nodes in claims.items() if len(nodes) == 1}
+
+
+def _stop_or_warn(error: ClientError, on_error: str) -> None:
+    if on_error == "stop":
+        raise error
+    _log.warning("%s; it is left out", error)
 
 
 def _message(records: RecordDict, node: int, kind: str, server_round: int) -> Message:
@@ -640,17 +684,6 @@ def _encoded(
         yield device, seen[key][0], seen[key][1]
 
 
-def _in_order(session: _Session, messages: Iterable[Message]) -> Iterator[tuple[Device, Message]]:
-    """Replies in device order; timed. Our engines already send them so, as a stream."""
-    pairs = ((session.ids[m.metadata.src_node_id], m) for m in _timed(session, messages))
-    last = -1
-    for i, message in pairs if getattr(messages, "ordered", False) else sorted(pairs, key=lambda pair: pair[0]):
-        if i <= last:
-            raise ClientError(f"client {i} answered twice or out of order")
-        last = i
-        yield session.devices[i], message
-
-
 def _timed(session: _Session, messages: Iterable[Message]) -> Iterator[Message]:
     start = time.perf_counter()
     for message in messages:
@@ -658,45 +691,6 @@ def _timed(session: _Session, messages: Iterable[Message]) -> Iterator[Message]:
         yield message
         start = time.perf_counter()
     session.waited += time.perf_counter() - start
-
-
-def misfit(reply: Packet, kind: str, like: Mapping[str, Tensor]) -> str:
-    """How a reply differs in kind, names, shapes or types from what was asked for, or ""."""
-    if reply.kind != kind:
-        return f"a reply of kind {reply.kind!r}, where {kind!r} is wanted"
-    for name in (*like, *reply.tensors):
-        want, got = like.get(name), reply.tensors.get(name)
-        if want is None or got is None:
-            return f"tensor {name!r} is {'not wanted' if want is None else 'missing'}"
-        if (want.shape, want.dtype) != (got.shape, got.dtype):
-            return (
-                f"tensor {name!r} is {got.dtype} {tuple(got.shape)}, where {want.dtype} {tuple(want.shape)} is wanted"
-            )
-    return ""
-
-
-def _decoded(where: str, message: Message) -> Packet:
-    try:
-        return decode(message.content)
-    except UserError as error:
-        raise ClientError(f"{where}: {error}") from error
-
-
-def _not_finite(packet: Packet) -> str:
-    """The name of the first tensor or number that is NaN or infinite, or ""."""
-    floats = {name: t for name, t in packet.tensors.items() if t.is_floating_point()}
-    # one number is not finite if any element is not; finite tensors whose norm overflows are looked at closely
-    if floats and not math.isfinite(sum(torch._foreach_norm(list(floats.values()), 1))):
-        for name, tensor in floats.items():
-            if not bool(torch.isfinite(tensor).all()):
-                return f"tensor {name!r}"
-    return next(
-        (f"scalar {n!r}" for n, v in packet.scalars.items() if isinstance(v, float) and not math.isfinite(v)), ""
-    )
-
-
-def _is_weight(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
 
 
 def _unflatten(arrays: ArrayRecord, like: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from fedsparse.candidates import VARIANCES, Candidates, StatisticsMean, candidat
 from fedsparse.changing import ChangingMask, ChangingState
 from fedsparse.client import check_not_negative, check_positive
 from fedsparse.cost import train_flops
-from fedsparse.errors import UserError, unknown
+from fedsparse.errors import UserError, shown, unknown
 from fedsparse.globalmask import PART, SharedMask, masked_packet, prunable
 from fedsparse.models.norms import read_statistics, with_statistics
 from fedsparse.nested import Levels, asked_of, averaged_parts, chosen, first_levels, level_of, level_tensors
@@ -36,6 +36,7 @@ from fedsparse.regrow import (
     gradient_form,
     named_counts,
 )
+from fedsparse.replies import is_count
 from fedsparse.seeding import sample_cohort, torch_rng
 from fedsparse.sgd import batches, sgd
 from fedsparse.sparse.masks import Mask, compact
@@ -47,7 +48,7 @@ from fedsparse.sparse.pruning import (
     exchange_share,
     layer_groups,
 )
-from fedsparse.strategy import Plan, Reply, State, misfit
+from fedsparse.strategy import Plan, Reply, State, form, misfit
 from fedsparse.task import Device, Params, Task
 from fedsparse.threads import one_thread
 
@@ -266,17 +267,18 @@ class FedTiny(ChangingMask):
             bad = misfit(reply.packet, "update", {**common, **gradient_form(counts, sizes)})
             return bad or gradient_complaint(reply.packet, counts, sizes, state.shared.mask)
         n = reply.packet.scalars.get("development")
-        if not isinstance(n, int) or n < 1:
-            return f"the reply's scalar 'development' must be a number of examples above 0, got {n!r}"
+        if not is_count(n, 1):
+            return f"the reply's scalar 'development' must be a number of examples above 0, got {shown(n)}"
         c = len(state.counts)
         if state.stage == "probe":
-            return misfit(
-                reply.packet, "losses", {"losses": torch.empty(c), "correct": torch.empty(c, dtype=torch.int32)}
-            )
-        form = read_statistics(task, state.params).shape
-        none = torch.empty(0, *form)
-        bad = misfit(reply.packet, "statistics", {"statistics": none})
-        return bad and misfit(reply.packet, "statistics", {"statistics": none.new_empty(c, *form)})
+            bad = misfit(reply.packet, "losses", {"losses": form(c), "correct": form(c, dtype=torch.int32)})
+            return bad or _complaint_of_losses(reply.packet, n)
+        shape = read_statistics(task, state.params).shape
+        if not misfit(reply.packet, "statistics", {"statistics": form(0, *shape)}):
+            return ""
+        bad = misfit(reply.packet, "statistics", {"statistics": form(c, *shape)})
+        negative = not bad and bool((reply.packet.tensors["statistics"][:, 1] < 0).any())
+        return "a variance among the statistics is below 0" if negative else bad
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         assert isinstance(state, FedTinyState)
@@ -376,6 +378,14 @@ class FedTiny(ChangingMask):
         level = level_of(state.levels, device)
         row = level.asked.get("grow", state.grow[:0]) if level else state.grow
         return named_counts(row, prunable(task).weights) if len(row) else {}
+
+
+def _complaint_of_losses(reply: Packet, n: int) -> str:
+    """What is wrong with the losses and right answers, of the right form, on ``n`` examples, or ""."""
+    correct = reply.tensors["correct"]
+    if bool(((correct < 0) | (correct > n)).any()):
+        return f"the right answers of {n} examples must be from 0 to {n}"
+    return ""
 
 
 _CHOICES = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedsparse.packet import Packet
-from fedsparse.strategy import FederatedStrategy, Reply, State
+from fedsparse.strategy import FederatedStrategy, Reply, State, misfit
 from fedsparse.task import Device, Task
 
 
@@ -25,6 +25,9 @@ class Local(FederatedStrategy):
 
     def broadcast(self, state: State, device: Device) -> Packet:
         return Packet("train")
+
+    def complaint(self, task: Task, state: State, reply: Reply) -> str:
+        return misfit(reply.packet, "trained", {})
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         for _ in replies:

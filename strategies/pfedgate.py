@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsparse.errors import UserError, unknown
+from fedsparse.errors import UserError, shown, unknown
 from fedsparse.gating import GatedClient
 from fedsparse.method import load_client
 from fedsparse.models.gated import GATE_SHARE, Gated, fitted, gated_model
 from fedsparse.packet import Packet, Scalar
+from fedsparse.replies import LARGEST_WEIGHT, is_number
 from fedsparse.seeding import numpy_rng
 from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
 from fedsparse.sparse.cut import Bools
@@ -254,16 +255,25 @@ class PFedGate(AggregatingStrategy):
         packet = reply.packet
         wanted = {"values", "touched"} | ({"next"} if self._half.download == "kept" else set())
         if packet.kind != "update" or packet.tensors.keys() != wanted:
-            return f"a reply {packet.kind!r} of {sorted(packet.tensors)}, where 'update' of {sorted(wanted)} is wanted"
+            got = shown(sorted(packet.tensors))
+            return f"a reply {packet.kind!r} of {got}, where 'update' of {sorted(wanted)} is wanted"
         cut, values = self.gated.cut, packet.tensors["values"]
+        if values.dtype != torch.float32:
+            return f"tensor 'values' is {values.dtype}, not torch.float32"
         try:
-            for _ in unpack(values, cut, unpack_bits(packet.tensors["touched"], cut.parts), task.shapes):
+            touched = unpack_bits(packet.tensors["touched"], cut.parts)
+            for _ in unpack(values, cut, touched, task.shapes):
                 break
-            if "next" in wanted:
-                unpack_bits(packet.tensors["next"], cut.blocks)
+            if "next" in wanted and not unpack_bits(packet.tensors["next"], cut.blocks)[cut.forced].all():
+                return "the kept set of its next round leaves out blocks that are always kept"
+            if "next" in wanted and (touched & ~cut.touched(self._next(_gate(state), reply.device))).any():
+                return "it sends parts of the model that it did not get"
         except UserError as error:
             return str(error)
-        return "" if values.dtype == torch.float32 else f"tensor 'values' is {values.dtype}, not torch.float32"
+        seen, right = (packet.scalars.get(f"validation_{word}", 0) for word in ("seen", "right"))
+        if not is_number(seen, 0, LARGEST_WEIGHT) or not is_number(right, 0, seen):
+            return f"the reply must have validated on a number of examples, got {shown(right)} right of {shown(seen)}"
+        return ""
 
     def reduce(self, task: Task, state: State, replies: Iterable[Reply]) -> State:
         state, cut, rule = _gate(state), self.gated.cut, self.rule

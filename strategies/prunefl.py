@@ -156,7 +156,7 @@ class PruneFL(ChangingMask):
         sizes = prunable(task).sizes
         if state.stage == "prune":
             counts = {n: t.numel() for n in sizes if (t := reply.packet.tensors.get(n)) is not None and t.ndim == 1}
-            if wrong := [name for name, k in counts.items() if not 0 < k < sizes[name]]:
+            if wrong := [name for name, k in counts.items() if not 0 < k < sizes[name]]:  # before a form of these sizes
                 return f"tensor {wrong[0]!r} has {counts[wrong[0]]} kept weights of {sizes[wrong[0]]}"
             kept = sum(counts.get(name, size) for name, size in sizes.items())
             bad = own_mask_complaint(task, reply.packet, "pruned", masked_form(task, state.params, counts))

@@ -30,7 +30,7 @@ from fedsparse.globalmask import (
 from fedsparse.packet import Packet
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
-from fedsparse.strategy import Reply, State, misfit
+from fedsparse.strategy import Reply, State, form, misfit
 from fedsparse.task import Device, Task
 
 
@@ -76,7 +76,7 @@ class Ssfl(GlobalMaskStrategy):
         assert isinstance(state, MaskedState)
         if state.stage == "train":
             return misfit(reply.packet, "update", state.common)
-        bad = misfit(reply.packet, "scores", {name: torch.empty(size) for name, size in prunable(task).sizes.items()})
+        bad = misfit(reply.packet, "scores", {name: form(size) for name, size in prunable(task).sizes.items()})
         negative = [name for name, t in reply.packet.tensors.items() if not bad and bool((t < 0).any())]
         return f"the scores of {negative[0]!r} must be at least 0" if negative else bad
 

@@ -99,7 +99,7 @@ def play(
             packet = decode(encode(server.broadcast(state, client.device)))
             rng = torch_rng("round", number, client.id)
             reply, memories[client.id] = half.train(task, client, packet, memories[client.id], rng)
-            assert server.complaint(task, state, Reply(Device(0), reply)) == ""
+            assert server.complaint(task, state, Reply(client.device, reply)) == ""
             answers.append(Reply(client.device, reply))
         state = server.reduce(task, state, iter(answers))
         replies += [a.packet for a in answers]

@@ -19,10 +19,12 @@ def pack_bits(mask: Bools) -> Tensor:
 
 
 def unpack_bits(bitmap: Tensor, n: int) -> Bools:
-    """The (n,) bool mask of a bitmap. Raises UserError if its length does not fit."""
+    """The (n,) bool mask of a bitmap. Raises UserError if its length does not fit or it marks more than n."""
     if bitmap.dtype != torch.uint8 or tuple(bitmap.shape) != (-(-n // 8),):
         raise UserError(f"a bitmap of {n} bits has {-(-n // 8)} bytes, got {tuple(bitmap.shape)} {bitmap.dtype}")
-    return np.unpackbits(bitmap.numpy(), count=n).astype(bool)
+    if n % 8 and int(bitmap[-1]) & ((1 << (8 - n % 8)) - 1):
+        raise UserError(f"a bitmap of {n} bits marks one beyond them")
+    return np.unpackbits(bitmap.numpy(), count=n).view(bool)
 
 
 def pack(params: Mapping[str, Tensor], cut: Cut, touched: Bools) -> Tensor:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsparse.errors import UserError
+
+_PIECE = 1 << 12  # bytes of a bitmap, or indices, that are unpacked at once; a multiple of 8
 
 
 def packed_bytes(size: int, kept: int) -> int:
@@ -34,15 +37,35 @@ def unpack_positions(packed: Tensor, size: int, kept: int) -> Tensor:
     wanted = packed_bytes(size, kept)
     if packed.dtype != torch.uint8 or tuple(packed.shape) != (wanted,):
         raise UserError(f"{kept} packed positions have {wanted} bytes, got {tuple(packed.shape)} {packed.dtype}")
-    if _as_bitmap(size, kept):
-        found = np.flatnonzero(np.unpackbits(packed.numpy(), count=size))
-    else:
-        bits = _bits(size)
-        ones = np.unpackbits(packed.numpy(), count=kept * bits).reshape(kept, bits)
-        found = ones.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
-    if len(found) != kept or (kept and int(found[-1]) >= size) or bool((np.diff(found) <= 0).any()):
+    found = np.empty(kept, np.int32)
+    fits = _read_bitmap(packed.numpy(), found) if _as_bitmap(size, kept) else _read_indices(packed.numpy(), found, size)
+    if not fits or (kept and int(found[-1]) >= size) or bool((found[1:] <= found[:-1]).any()):
         raise UserError(f"packed positions are not {kept} ascending ones in [0, {size}) without repeats")
-    return torch.from_numpy(found.astype(np.int32))
+    return torch.from_numpy(found)
+
+
+def _read_bitmap(packed: NDArray[np.uint8], out: NDArray[np.int32]) -> bool:
+    """Write the marked positions to ``out``; False if there are more or fewer. In pieces: a bit would take a byte."""
+    done = 0
+    for start in range(0, len(packed), _PIECE):
+        at = np.flatnonzero(np.unpackbits(packed[start : start + _PIECE]))
+        if done + len(at) > len(out):
+            return False
+        out[done : done + len(at)] = at + 8 * start
+        done += len(at)
+    return done == len(out)
+
+
+def _read_indices(packed: NDArray[np.uint8], out: NDArray[np.int32], size: int) -> bool:
+    """Write the positions to ``out``; False if one is no int32. In pieces, for the same reason."""
+    bits = _bits(size)
+    for start in range(0, len(out), _PIECE):
+        n = min(_PIECE, len(out) - start)
+        ones = np.zeros((n, 32), np.uint8)
+        part = packed[start * bits // 8 :]  # a piece is whole bytes
+        ones[:, 32 - bits :] = np.unpackbits(part[: -(-n * bits // 8)], count=n * bits).reshape(n, bits)
+        out[start : start + n] = np.packbits(ones, axis=1).view(">i4").ravel()
+    return True
 
 
 def _bits(size: int) -> int:
