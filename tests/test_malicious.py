@@ -330,20 +330,26 @@ LAYOUTS = (
 )  # fmt: skip
 
 
+def _words(records: RecordDict) -> Any:
+    """The packet's words; others, if an earlier damage has taken them away."""
+    found = records.get("config")
+    return found if isinstance(found, ConfigRecord) else ConfigRecord()
+
+
 @damage
 def layout(draft: Draft, rng: random.Random) -> None:
     text = rng.choice(LAYOUTS)
-    draft.late.append(lambda records: records["config"].update({"layout": text}))
+    draft.late.append(lambda records: _words(records).update({"layout": text}))
 
 
 @damage
 def layout_bytes(draft: Draft, rng: random.Random) -> None:
     def spoil(records: RecordDict) -> None:
-        text = list(str(records["config"].get("layout", "")))
+        text = list(str(_words(records).get("layout", "")))
         for _ in range(rng.randrange(1, 4)):
             at = rng.randrange(len(text) + 1)
             text[at : at + rng.randrange(2)] = rng.choice(('"', "[", "]", ",", "9", "-", "\\", "\0", "e", ""))
-        records["config"]["layout"] = "".join(text)
+        _words(records)["layout"] = "".join(text)
 
     draft.late.append(spoil)
 
