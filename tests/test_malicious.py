@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -539,14 +539,12 @@ def _hold(exchange: Exchange) -> None:
         try:
             after = exchange.take(replies)
         except ClientError as error:
-            event("refused")
             good_line(error, exchange, reply.metadata.src_node_id)
             assert exchange.strategy.state is exchange.session.state
             expected = without(at)
             if expected is not None:  # and where failures are skipped it is as if the client had not answered
                 assert bits_of(exchange.take(replies, "skip")) == expected
         else:
-            event("taken")
             assert all(bool(torch.isfinite(t).all()) for t in after.tensors().values() if t.is_floating_point())
             assert after.tensors().keys() or exchange.strategy.client == "local"
         assert bits_of(exchange.session.state) == before
