@@ -35,6 +35,7 @@ from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.store import MemoryStore, sync
 from fedsparse.errors import ClientError, UserError, unknown
+from fedsparse.events import EVENTS, Events
 from fedsparse.experiment import Experiment, from_dict, load_experiment, toml_text
 from fedsparse.final import FINAL, FinalMemories, Memories, save_final
 from fedsparse.method import Method, build, hyper_parameters, load_method
@@ -105,8 +106,8 @@ def run(experiment: Experiment, *, out: Path | str | None = None, on_round: OnRo
     directory = _new_directory(experiment, job.method.name, out)
     with _errors_to(directory):
         _write(directory / "config.toml", _config(experiment, job.method, job.federation))
-    with _alone(directory):
-        return _carried_out(job, directory, on_round, start, None)
+    with _alone(directory), Events() as events:
+        return _carried_out(job, directory, on_round, start, None, events)
 
 
 def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None = None) -> Run:
@@ -122,10 +123,10 @@ def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None 
         raise UserError(f"the run in {str(directory)!r} is complete")
     overrides = [f"engine.workers={workers}"] if workers else []
     job = _job(load_experiment(directory / "config.toml", overrides))
-    with _alone(directory):
+    with _alone(directory), Events() as events:
         with _errors_to(directory):
             found = Checkpoints(directory, _HISTORY).newest()
-        return _carried_out(job, directory, on_round, start, found)
+        return _carried_out(job, directory, on_round, start, found, events)
 
 
 @contextmanager
@@ -181,28 +182,35 @@ def _built(experiment: Experiment) -> tuple[Method, FederatedStrategy, Federatio
     )
 
 
-def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: float, found: Checkpoint | None) -> Run:
+def _carried_out(
+    job: _Job, directory: Path, on_round: OnRound | None, start: float, found: Checkpoint | None, events: Events
+) -> Run:
     """The rounds that are left, and all files of a finished run. start: when this began, for the wall clock."""
     experiment, strategy, federation = job.experiment, job.strategy, job.federation
     task, engine = federation.task, experiment.engine
     checkpoints = Checkpoints(directory, _HISTORY)
     start -= found.wall if found else 0.0
     with _errors_to(directory), MemoryStore(directory / CLIENTS, engine.memory_mb * 10**6) as store:
-        record = _Recorder(directory, federation, on_round)
+        events.open(directory / EVENTS, start)
+        record = _Recorder(directory, federation, on_round, events)
         state = job.state
         if found:
             state = unpacked(*found.state)
             checkpoints.take_up(found)
             store.restore(found.memories)
             record.read()
+            events("run_resumed", round=found.done, rounds=experiment.rounds, checkpoint=found.reports)
         elif engine.checkpoint_every:
             unpacked(*packed(state))  # a state that cannot be kept is refused before the first round
+        if not found:
+            events("run_started", method=job.method.name, rounds=experiment.rounds, clients=len(federation.clients))
 
         def after(report: dict[str, Any]) -> None:
             record(report)
             if engine.checkpoint_every and report["round"] % engine.checkpoint_every == 0:
                 wall, reports = time.perf_counter() - start, len(record.rounds)
                 checkpoints.write(strategy.state, store, reports=reports, done=report["round"], wall=wall)
+                events("checkpoint", round=report["round"], checkpoint=reports)
 
         with _grid(job, directory, store) as grid:
             devices = [client.device for client in federation.clients]
@@ -217,7 +225,9 @@ def _carried_out(job: _Job, directory: Path, on_round: OnRound | None, start: fl
                 on_round=after,
             )
             novel = strategy.onboard(grid) if federation.novel else None
-        return _finished(job, directory, record, store, novel, start)
+        done = _finished(job, directory, record, store, novel, start)
+        events.finished(digest=done.summary["digest"])
+        return done
 
 
 def _grid(job: _Job, directory: Path, store: MemoryStore) -> OwnGrid:
@@ -276,14 +286,15 @@ def _tidy(directory: Path) -> None:
 
 
 class _Recorder:
-    """Takes the report of each round: a line of ``rounds.jsonl``, the clients' rows, the user's callback."""
+    """Takes the report of each round: a line of ``rounds.jsonl``, the clients' rows, events, the user's callback."""
 
-    def __init__(self, directory: Path, federation: Federation, on_round: OnRound | None) -> None:
+    def __init__(self, directory: Path, federation: Federation, on_round: OnRound | None, events: Events) -> None:
         self.rounds: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self._directory = directory
         self._federation = federation
         self._on_round = on_round
+        self._events = events
 
     def read(self) -> None:
         """Take up what the files have, of a run that goes on."""
@@ -298,6 +309,7 @@ class _Recorder:
         for name, lines in zip(_HISTORY, ([report], rows), strict=True):
             with (self._directory / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._events.round(report, rows)
         if self._on_round:
             self._on_round(report)
 
