@@ -99,8 +99,11 @@ class Events:
 
     def finished(self, **fields: Any) -> None:
         """The run is complete."""
-        self._sum_up()
-        self("run_finished", **fields)
+        try:
+            self._sum_up()
+            self("run_finished", **fields)
+        except OSError as error:  # complete it is all the same
+            _logger.warning("%s lacks its last event: %s", EVENTS, error.strerror, extra=_COUNTED)
 
     def _failed(self, error: BaseException) -> None:
         self._sum_up()  # before the last event

@@ -104,6 +104,7 @@ class _Session:
     waited: float = 0.0  # seconds spent waiting for replies in this exchange
     failures: int = 0
     evaluation_bytes: int = 0
+    unheard: set[int] = field(default_factory=set)  # asked to evaluate, and no answer yet
     errors: list[ClientError] = field(default_factory=list)  # of this round, when failures are skipped
 
     def __post_init__(self) -> None:
@@ -374,6 +375,7 @@ class FederatedStrategy(Strategy):
         if not s.plan.evaluates(server_round, s.rounds):
             return
         ids = sample_cohort(s.participants, s.plan.evaluate_fraction, s.plan.seed, -server_round)
+        s.unheard = set(ids)
         packets = ((s.devices[i], replace(self.deployed(s.state, s.devices[i]), kind="evaluate")) for i in ids)
         for device, records, size in _encoded(packets, self._words(server_round), grid):
             s.evaluation_bytes += size
@@ -383,11 +385,15 @@ class FederatedStrategy(Strategy):
         """Put each client's scores in its row; returns the mean personal accuracy."""
         s = self._session
         for device, message in _in_order(s, replies):
+            s.unheard.discard(device.id)
             packet = self._packet(server_round, "evaluate", device, message)
             if packet is None:
                 continue
             s.evaluation_bytes += wire_bytes(message.content)
             s.ask(server_round, device, None).update(scores_of(packet))
+        for i in sorted(s.unheard):
+            lost = ClientError(f"client {i}, round {server_round}, stage evaluate: no reply came")
+            self._fail(s.devices[i], lost, training=False)
         mean = mean_accuracy(s.rows.values(), "personal")
         return None if mean is None else MetricRecord({"personal_accuracy": mean})
 
@@ -439,7 +445,8 @@ class FederatedStrategy(Strategy):
         where = f"client {device.id}, round {server_round}, stage {stage}"
         try:
             if message.has_error():
-                raise ClientError(f"{where}: {message.error.reason}")
+                reason = message.error.reason or "an error without a reason"
+                raise ClientError(f"{where}: {reason.splitlines()[0]}", reason)
             packet = _decoded(where, message)
             if packet.kind == "error":
                 said = packet.scalars.get("message", "an error without a message")
