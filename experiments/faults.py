@@ -68,7 +68,7 @@ KINDS = {
 }
 REPLY = ("truncate", "corrupt")  # kinds that alter a reply
 DEAD, STOPPED, BROKEN, CTRL_C = -signal.SIGKILL, 2, 3, 130
-LIMIT = 240.0  # seconds for an attempt, on a machine that is busy: more is a hang
+LIMIT = 240.0  # seconds for an attempt: more is a hang
 LINE = 600  # characters of a clear line, at most
 HISTORY = ("rounds.jsonl", "clients.jsonl")
 
@@ -321,10 +321,15 @@ class Attempt:
     orphans: list[int] = field(default_factory=list)
 
 
-def attempt(work: Callable[[], object], log: Path, meanwhile: Callable[[int, float], None] | None = None) -> Attempt:
+def attempt(
+    work: Callable[[], object],
+    log: Path,
+    meanwhile: Callable[[int, float], None] | None = None,
+    limit: float = LIMIT,
+) -> Attempt:
     """Do it in a forked process with a session of its own, at whose end no process of the session may be left.
 
-    meanwhile: called all along with its id and the seconds so far.
+    meanwhile: called all along with its id and the seconds so far. limit: seconds after which it hangs.
     """
     sys.stdout.flush()
     start = time.monotonic()
@@ -332,7 +337,7 @@ def attempt(work: Callable[[], object], log: Path, meanwhile: Callable[[int, flo
     if not child:
         _child(work, log)
     code: int | None = None
-    while code is None and time.monotonic() - start < LIMIT:
+    while code is None and time.monotonic() - start < limit:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             code = os.waitstatus_to_exitcode(status)
@@ -469,8 +474,8 @@ class Outcome:
 class Faults:
     """Plays schedules in a folder. References, runs without a fault, are made once a method and number of rounds."""
 
-    def __init__(self, place: Path) -> None:
-        self._place = place
+    def __init__(self, place: Path, limit: float = LIMIT) -> None:
+        self._place, self._limit = place, limit
         self._known: dict[tuple[str, int], tuple[str, float]] = {}
         for name in METHODS:  # once, for all processes that are forked
             load_method(name)
@@ -507,7 +512,7 @@ class Faults:
         kill = None
         if plan.how in ("outside", "interrupt") and number < len(plan.moments):
             kill = Killer(plan, plan.moments[number] * seconds, mark)
-        return attempt(work, place / f"log{number}", kill)
+        return attempt(work, place / f"log{number}", kill, self._limit)
 
     def _reference(self, plan: Schedule) -> tuple[str, float]:
         """The digest that is right, and about how long the run takes."""
@@ -616,9 +621,9 @@ def can_mount() -> bool:
 # --- many schedules --------------------------------------------------------------------------------------------------
 
 
-def play_all(seeds: Sequence[int], methods: Sequence[str], place: Path) -> Iterator[Outcome]:
-    """The outcomes of the schedules of these seeds."""
-    faults, mounts = Faults(place), can_mount()
+def play_all(seeds: Sequence[int], methods: Sequence[str], place: Path, limit: float = LIMIT) -> Iterator[Outcome]:
+    """The outcomes of the schedules of these seeds. limit: seconds for an attempt."""
+    faults, mounts = Faults(place, limit), can_mount()
     for seed in seeds:
         plan = schedule(seed, methods)
         yield faults.play(plan if mounts or plan.how != "small disk" else replace(plan, how="small files"))
@@ -636,6 +641,13 @@ COLUMNS: dict[str, Callable[[Outcome], int]] = {
 }
 
 
+def line(outcome: Outcome) -> str:
+    """One schedule in words."""
+    plan, ways = outcome.plan, ("struck", "stopped", "killed", "resumed", "begun anew", "right digest")
+    counts = ", ".join(f"{way} {int(COLUMNS[way](outcome))}" for way in ways)
+    return f"{plan.seed} {plan.kind} ({plan.how}), {plan.method}, {plan.workers} workers: {counts}"
+
+
 def table(outcomes: Sequence[Outcome]) -> str:
     """A row a kind of fault."""
     lines = [f"{'fault':<18}" + "".join(f"{name:>13}" for name in COLUMNS)]
@@ -651,14 +663,18 @@ def main() -> None:
     parser.add_argument("--schedules", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the first schedule")
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, help="seconds for one attempt; raise it on a busy machine"
+    )
     args = parser.parse_args()
-    outcomes = []
-    with tempfile.TemporaryDirectory(prefix="fedsparse-faults-") as place:
-        for outcome in play_all(range(args.seed, args.seed + args.schedules), args.methods, Path(place)):
-            outcomes.append(outcome)
-            if outcome.complaints:
-                print(f"{outcome.plan}:", *outcome.complaints, sep="\n  ", flush=True)
-    print(table(outcomes))
+    outcomes, seeds = list[Outcome](), range(args.seed, args.seed + args.schedules)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fedsparse-faults-") as place:
+            for outcome in play_all(seeds, args.methods, Path(place), args.limit):
+                outcomes.append(outcome)
+                print(line(outcome), *outcome.complaints, sep="\n  ", flush=True)
+    finally:
+        print(table(outcomes))
     sys.exit(any(o.complaints for o in outcomes))
 
 

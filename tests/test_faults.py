@@ -70,9 +70,8 @@ def test_a_process_that_is_left_is_found_and_ended(tmp_path: Path, monkeypatch: 
         time.sleep(0.01)
 
 
-def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(faults, "LIMIT", 0.3)
-    assert faults.attempt(lambda: time.sleep(600), tmp_path / "log").code is None
+def test_a_process_that_hangs_is_ended(tmp_path: Path) -> None:
+    assert faults.attempt(lambda: time.sleep(600), tmp_path / "log", limit=0.3).code is None
 
 
 def test_how_a_process_ended_is_told(tmp_path: Path) -> None:
