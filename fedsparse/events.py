@@ -35,11 +35,16 @@ _watching: list[Events] = []
 
 @dataclass
 class _Kind:
-    """Warnings of one logger whose texts differ in numbers alone. text: the first. due: when a worker may tell."""
+    """Warnings of one logger whose texts differ in numbers alone. text: the first. number: of the kind in its process.
+
+    In a worker: told, whether the driver has the text; due, when it may be told again.
+    """
 
     logger: str
     text: str
+    number: int
     count: int = 0
+    told: bool = False
     due: float = 0.0
 
 
@@ -57,6 +62,7 @@ class Events:
         self._fd = -1
         self._early: list[tuple[float, datetime, str, Mapping[str, Any]]] = []
         self._kinds: dict[tuple[str, str], _Kind] = {}
+        self._words: dict[tuple[int, ...], list[str]] = {}  # logger and text of a worker's kinds, which it sends once
         self._told: dict[tuple[str, str], _Kind] = {}  # of a worker: what the driver does not know yet
         self._received = b""
 
@@ -196,7 +202,7 @@ class Events:
     def _sum_up(self) -> None:
         """How many there were of each kind that came more than once."""
         self._gather()
-        for kind in self._kinds.values():
+        for kind in list(self._kinds.values()):
             if kind.count > 1:
                 _logger.warning("%d more like this: %s", kind.count - 1, kind.text, extra=_COUNTED)
                 self("warnings", logger=kind.logger, text=kind.text, count=kind.count)
@@ -208,10 +214,11 @@ class Events:
         """In a worker: the first one of a kind at once, then the number of those of the last second."""
         if time.monotonic() < kind.due:
             return
-        line = json.dumps([kind.logger, kind.text, kind.count], ensure_ascii=False) + "\n"
+        which, words = [os.getpid(), kind.number], [] if kind.told else [kind.logger, kind.text]
+        line = json.dumps([which, kind.count, words], ensure_ascii=False) + "\n"
         with suppress(BlockingIOError):  # the pipe is full: later
             os.write(self._pipe[1], line.encode(errors="replace"))
-            kind.count, kind.due = 0, time.monotonic() + _EVERY
+            kind.count, kind.told, kind.due = 0, True, time.monotonic() + _EVERY
 
     def _tell_all(self) -> None:
         for kind in self._told.values():
@@ -226,7 +233,8 @@ class Events:
                 self._received += os.read(self._pipe[0], 1 << 16)
         *lines, self._received = self._received.split(b"\n")
         for line in lines:
-            logger, text, count = json.loads(line)
+            which, count, words = json.loads(line)
+            logger, text = self._words.setdefault(tuple(which), words)
             if self._count(logger, text, count):
                 _logger.warning("%s", text, extra=_COUNTED)
 
@@ -270,7 +278,7 @@ def _kind(kinds: dict[tuple[str, str], _Kind], logger: str, text: str) -> _Kind:
     pattern = logger, _NUMBER.sub("#", text)
     if pattern not in kinds and len(kinds) >= _MOST_KINDS:
         pattern, text = ("", ""), "warnings of other kinds"
-    return kinds.setdefault(pattern, _Kind(logger, _line(text, _LONGEST)))
+    return kinds.setdefault(pattern, _Kind(logger, _line(text, _LONGEST), len(kinds)))
 
 
 def _line(text: str, longest: int = 4 * _LONGEST) -> str:
