@@ -142,23 +142,25 @@ class Checkpoints:
             "memories": [[i, k.file, k.size, k.crc] for i, k in store.flush().items()],
         }
         part = self._folder / f".{reports:06d}.part"
-        shutil.rmtree(part, ignore_errors=True)
+        for left in self._folder.glob(".*"):  # of a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         part.mkdir(parents=True)
         (part / _STATE).write_bytes(data)
         (part / _MANIFEST).write_text(_sealed(content), encoding="utf-8")
         for path in (part / _STATE, part / _MANIFEST, part):
             sync(path)
         final = self._folder / f"{reports:06d}"
-        shutil.rmtree(final, ignore_errors=True)  # of a run that was resumed from before it
+        if final.exists():  # of a run that was resumed from before it
+            self._remove(final)
         part.rename(final)
         sync(self._folder)
         sync(self._run)
         self._forget(store)
 
     def _forget(self, store: MemoryStore) -> None:
-        names = self._names()
+        names = self.names()
         for name in names[:-_KEPT]:
-            shutil.rmtree(self._folder / name)
+            self._remove(self._folder / name)
         kept: set[str] = set()
         for name in names[-_KEPT:]:
             try:
@@ -167,8 +169,15 @@ class Checkpoints:
                 continue
         store.forget(kept)
 
-    def _names(self) -> list[str]:
-        """Of finished checkpoints, the oldest first."""
+    def _remove(self, folder: Path) -> None:
+        """Under another name first: what is left of it if the process is killed does not look complete."""
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        shutil.rmtree(old)
+
+    def names(self) -> list[str]:
+        """Of all that are complete, the oldest first."""
         if not self._folder.is_dir():
             return []
         return sorted(path.name for path in self._folder.iterdir() if re.fullmatch(r"\d{6,}", path.name))
@@ -178,9 +187,9 @@ class Checkpoints:
 
         Raises UserError if there is none, or one of a newer format.
         """
-        for name in reversed(self._names()):
+        for name in reversed(self.names()):
             try:
-                found = self._read(self._folder / name)
+                found = self.read(name)
             except NewerFormatError:
                 raise
             except UserError as error:
@@ -191,14 +200,16 @@ class Checkpoints:
 
     def take_up(self, found: Checkpoint) -> None:
         """Go on from it: what is newer goes, and the history is cut back."""
-        for later in (name for name in self._names() if name > f"{found.reports:06d}"):
-            shutil.rmtree(self._folder / later)
+        for later in (name for name in self.names() if name > f"{found.reports:06d}"):
+            self._remove(self._folder / later)
         for file, (size, _) in found.history.items():
             if size or (self._run / file).exists():
                 os.truncate(self._run / file, size)
             self._parts[file] = _Prefix(self._run / file)
 
-    def _read(self, folder: Path) -> Checkpoint:
+    def read(self, name: str) -> Checkpoint:
+        """One of them. Raises UserError for one that is damaged, NewerFormatError for one of another version."""
+        folder = self._folder / name
         content = _opened(folder / _MANIFEST)
         if content["format"] != FORMAT:
             raise NewerFormatError(

@@ -242,9 +242,10 @@ def _log_to_standard_error(quiet: bool) -> None:
     """The library's own lines, such as that it compiles something; none with ``quiet``."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
+    handler.setLevel(logging.ERROR if quiet else logging.INFO)  # not the logger's: a run's events have its warnings
     logger = logging.getLogger("fedsparse")
     logger.handlers = [handler]
-    logger.setLevel(logging.ERROR if quiet else logging.INFO)
+    logger.setLevel(logging.INFO)
 
 
 def _print_result(done: Run, quiet: bool, as_json: bool) -> None:

@@ -36,6 +36,7 @@ from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.store import MemoryStore, sync
 from fedsparse.errors import ClientError, UserError, unknown
+from fedsparse.events import EVENTS, Events
 from fedsparse.experiment import Experiment, from_dict, load_experiment, toml_text
 from fedsparse.final import FINAL, FinalMemories, Memories, save_final
 from fedsparse.method import Method, build, hyper_parameters, load_method
@@ -56,7 +57,8 @@ OnFlower = Callable[[str, int, MemoryStore], FlowerGrid]  # config.toml, number 
 _ROWS = "clients.jsonl"  # the clients' rows while the run goes on; then they are ``clients.parquet``
 _HISTORY = ("rounds.jsonl", _ROWS)
 _LOCK = ".lock"  # who writes into a run folder holds it
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_ERRORS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
 _PACKAGES = ("fedsparse", "torch", "numpy", "numba", "flwr")
 _BIG = 2**31 - 1  # a whole number that takes as many bytes as any count of examples
 _FACTS = ("weight", "samples", "local.n", "local.correct")  # what every reply carries, in whole numbers ...
@@ -115,8 +117,8 @@ def run(
     directory = _new_directory(experiment, job.method.name, out)
     with _errors_to(directory):
         _write(directory / "config.toml", _config(experiment, job.method, job.federation))
-    with _alone(directory):
-        return _carried_out(job, directory, on_round, start, None, on_flower)
+    with _alone(directory), Events() as events:
+        return _carried_out(job, directory, on_round, start, None, events, on_flower)
 
 
 def _check_engine(experiment: Experiment, on_flower: OnFlower | None) -> None:
@@ -139,10 +141,10 @@ def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None 
     experiment = load_experiment(directory / "config.toml", overrides)
     _check_engine(experiment, None)
     job = _job(experiment)
-    with _alone(directory):
+    with _alone(directory), Events() as events:
         with _errors_to(directory):
             found = Checkpoints(directory, _HISTORY).newest()
-        return _carried_out(job, directory, on_round, start, found)
+        return _carried_out(job, directory, on_round, start, found, events)
 
 
 @contextmanager
@@ -204,6 +206,7 @@ def _carried_out(
     on_round: OnRound | None,
     start: float,
     found: Checkpoint | None,
+    events: Events,
     on_flower: OnFlower | None = None,
 ) -> Run:
     """The rounds that are left, and all files of a finished run. start: when this began, for the wall clock."""
@@ -212,21 +215,26 @@ def _carried_out(
     checkpoints = Checkpoints(directory, _HISTORY)
     start -= found.wall if found else 0.0
     with _errors_to(directory), MemoryStore(directory / CLIENTS, engine.memory_mb * 10**6) as store:
-        record = _Recorder(directory, federation, on_round)
+        events.open(directory / EVENTS, start)
+        record = _Recorder(directory, federation, on_round, events)
         state = job.state
         if found:
             state = unpacked(*found.state)
             checkpoints.take_up(found)
             store.restore(found.memories)
             record.read()
+            events("run_resumed", round=found.done, rounds=experiment.rounds, checkpoint=found.reports)
         elif engine.checkpoint_every:
             unpacked(*packed(state))  # a state that cannot be kept is refused before the first round
+        if not found:
+            events("run_started", method=job.method.name, rounds=experiment.rounds, clients=len(federation.clients))
 
         def after(report: dict[str, Any]) -> None:
             record(report)
             if engine.checkpoint_every and report["round"] % engine.checkpoint_every == 0:
                 wall, reports = time.perf_counter() - start, len(record.rounds)
                 checkpoints.write(strategy.state, store, reports=reports, done=report["round"], wall=wall)
+                events("checkpoint", round=report["round"], checkpoint=reports)
 
         with _grid(job, directory, store, on_flower) as grid:
             devices = [client.device for client in federation.clients]
@@ -242,7 +250,9 @@ def _carried_out(
             )
             novel = strategy.onboard(grid) if federation.novel else None
             grid.gather()
-        return _finished(job, directory, record, store, novel, start)
+        done = _finished(job, directory, record, store, novel, start)
+        events.finished(digest=done.summary["digest"])
+        return done
 
 
 def _grid(job: _Job, directory: Path, store: MemoryStore, on_flower: OnFlower | None) -> OwnGrid | FlowerGrid:
@@ -303,14 +313,15 @@ def _tidy(directory: Path) -> None:
 
 
 class _Recorder:
-    """Takes the report of each round: a line of ``rounds.jsonl``, the clients' rows, the user's callback."""
+    """Takes the report of each round: a line of ``rounds.jsonl``, the clients' rows, events, the user's callback."""
 
-    def __init__(self, directory: Path, federation: Federation, on_round: OnRound | None) -> None:
+    def __init__(self, directory: Path, federation: Federation, on_round: OnRound | None, events: Events) -> None:
         self.rounds: list[dict[str, Any]] = []
         self.rows: list[dict[str, Any]] = []
         self._directory = directory
         self._federation = federation
         self._on_round = on_round
+        self._events = events
 
     def read(self) -> None:
         """Take up what the files have, of a run that goes on."""
@@ -325,6 +336,7 @@ class _Recorder:
         for name, lines in zip(_HISTORY, ([report], rows), strict=True):
             with (self._directory / name).open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._events.round(report, rows)
         if self._on_round:
             self._on_round(report)
 

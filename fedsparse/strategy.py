@@ -385,6 +385,7 @@ class FederatedStrategy(Strategy):
     ) -> Iterable[Message]:
         """In evaluated rounds one message for each evaluated client, sampled or not in this round's training."""
         s = self._session
+        s.asked = set()
         if not s.plan.evaluates(server_round, s.rounds):
             return
         ids = sample_cohort(s.participants, s.plan.evaluate_fraction, s.plan.seed, -server_round)
@@ -397,12 +398,17 @@ class FederatedStrategy(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Put each client's scores in its row; returns the mean personal accuracy."""
         s = self._session
+        left = set(s.asked)
         for device, message in self._answers(server_round, "evaluate", replies):
+            left.discard(device.id)
             packet = self._packet(server_round, "evaluate", device, message)
             if packet is None:
                 continue
             s.evaluation_bytes += wire_bytes(message.content)
             s.ask(server_round, device, None).update(scores_of(packet))
+        for i in sorted(left):
+            lost = ClientError(f"client {i}, round {server_round}, stage evaluate: no reply came")
+            self._fail(s.devices[i], lost, training=False)
         mean = mean_accuracy(s.rows.values(), "personal")
         return None if mean is None else MetricRecord({"personal_accuracy": mean})
 

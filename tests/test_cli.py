@@ -305,8 +305,9 @@ def test_progress_writes_few_lines_where_there_is_no_terminal(capsys: pytest.Cap
     progress.close()
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 10
-    assert lines[0].startswith("round 10/100  accuracy -  sent 15.0 kB")
-    assert lines[-1].startswith("round 100/100  accuracy 1.000  sent 150 kB")
+    assert lines[0].startswith("round  10/100  accuracy     -  sent 15.0 kB")
+    assert lines[-1].startswith("round 100/100  accuracy 1.000  sent  150 kB")
+    assert len({len(line) for line in lines}) == 1
 
 
 def test_progress_is_one_bar_on_a_terminal(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ class Runner:
             asked = Message(content, i + 1, message.metadata.message_type, group_id=message.metadata.group_id)
         try:
             return self._app(asked, context)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
             return Message(Error(_FAILED, reason), reply_to=message)
 

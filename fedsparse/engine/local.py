@@ -27,6 +27,7 @@ from fedsparse.engine.grid import Answer, Job, OwnGrid, Picked, Runner, picked
 from fedsparse.engine.shared import Arena, Layout, chunks, lay, pick
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
+from fedsparse.events import leave, tell
 
 _CHUNKS_PER_WORKER = 4  # enough to even out unequal clients, few enough to cost nothing
 _CHUNK_BYTES = 16 << 20  # of what comes back; a list of jobs has no more, or one job
@@ -201,6 +202,7 @@ class _Pool:
     def _lost(self, worker: int) -> ClientError:
         self._processes[worker].join(1)
         code = self._processes[worker].exitcode
+        tell("worker_lost", worker=worker + 1, workers=len(self._pipes), exit_code=code)
         return ClientError(f"worker process {worker + 1} of {len(self._pipes)} died (exit code {code}); out of memory?")
 
     def close(self) -> None:
@@ -233,4 +235,5 @@ def _work(runner: Runner, pipe: Connection, inherited: list[Connection], down: A
             answers = [runner.there(job, contents, slots[slot].down, slots[slot].up) for job in jobs]
             pipe.send((number, slot, time.perf_counter() - start, slots[slot].up.used, answers))
     except (EOFError, OSError, KeyboardInterrupt):
+        leave()
         os._exit(0)

@@ -6,6 +6,7 @@ store once. The driver owns all client memories: a worker or a node that is lost
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -23,6 +24,7 @@ from fedsparse.engine.grid import Answer, Job, OwnGrid, Picked, Runner, identify
 from fedsparse.engine.shared import Buffer, Layout, lay, pick
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
+from fedsparse.events import tell
 from fedsparse.packet import wire_bytes
 from fedsparse.sources import BITS, source_digest
 
@@ -33,6 +35,7 @@ _AHEAD = 2  # lists a worker has at hand
 _TRIES = 3  # of a list whose workers die
 _START_SECONDS, _REACH_SECONDS = 300.0, 5.0
 _NO_DEATHS = ("RuntimeEnvSetupError", "ActorUnschedulableError", "OutOfDiskError", "ObjectStoreFullError")
+_log = logging.getLogger("fedsparse")
 _PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", *BITS)
 
 
@@ -211,6 +214,8 @@ class RayGrid(OwnGrid):
     def _replace(self, hand: _Hand, waiting: deque[_List], error: Exception) -> None:
         """A worker is dead: another one starts, and its lists are done again."""
         self.lost += 1
+        reason = str(error).splitlines()[0]
+        tell("worker_lost", lost=self.lost, reason=reason)
         lists = list(hand.at.values())  # the first one was at work
         if lists:
             lists[0].tries += 1
@@ -220,8 +225,10 @@ class RayGrid(OwnGrid):
         waiting.extendleft(reversed(lists))
         self._failed_starts += hand.starting is not None
         if self._failed_starts > _TRIES * self.workers:
-            raise UserError(f"Ray workers die while they start: {str(error).splitlines()[0]}")
+            raise UserError(f"Ray workers die while they start: {reason}")
         self._hands[self._hands.index(hand)] = self._hire()
+        _log.warning("a Ray worker died, another one takes its place: %s", reason)
+        tell("worker_replaced", lost=self.lost)
 
 
 class _Worker:

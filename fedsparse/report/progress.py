@@ -1,4 +1,7 @@
-"""Live progress of a run on standard error: round, accuracy, bytes, time left."""
+"""Live progress of a run on standard error: round, accuracy, bytes, time left.
+
+One line of at most 80 characters that changes with each round; where standard error is no terminal, lines of one width.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,12 @@ class LiveProgress:
         self._bytes += sum(value or 0 for value in row["bytes"].values())
         if row.get("accuracy"):
             self._accuracy = row["accuracy"].get("personal")
-        text = f"accuracy {share(self._accuracy)}  sent {size(self._bytes)}  {seconds(self._left(row))} left"
+        text = f"accuracy {share(self._accuracy):>5}  sent {size(self._bytes):>7}  {seconds(self._left(row)):>8} left"
         done, total = row["round"], row["rounds"]
         if self._terminal:
             self._draw(done, total, text)
         elif done == total or done % max(1, round(total / _LINES)) == 0:
-            sys.stderr.write(f"round {done}/{total}  {text}\n")
+            sys.stderr.write(f"round {done:>{len(str(total))}}/{total}  {text}\n")
 
     def close(self) -> None:
         """Take the bar down."""
@@ -64,7 +67,7 @@ def _new_bar(total: int) -> Progress:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     console = Console(stderr=True)
-    bar = Progress("round", MofNCompleteColumn(), BarColumn(30), TextColumn("{task.fields[text]}"), console=console)
+    bar = Progress("round", MofNCompleteColumn(), BarColumn(14), TextColumn("{task.fields[text]}"), console=console)
     bar.add_task("", total=total, text="")
     bar.start()
     return bar
