@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +46,29 @@ class Memories(Mapping[int, dict[str, Tensor]]):
 
 
 class FinalMemories(Mapping[int, dict[str, Tensor]]):
-    """The clients' memories in a ``final.safetensors``, each read when it is asked for."""
+    """The clients' memories in a ``final.safetensors``, each read when it is asked for.
+
+    The file is opened when the first one is, and stays open: to open it is to read the names of all clients' tensors.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
+
+    @cached_property
+    def _file(self) -> Any:
         from safetensors import safe_open
 
-        self._file: Any = safe_open(path, framework="pt")  # stays open: to open it is to read the names of all clients
-        self._names: dict[int, list[str]] = {}
-        for key in self._file.keys():  # type: ignore[no-untyped-call]  # noqa: SIM118
+        return safe_open(self._path, framework="pt")
+
+    @cached_property
+    def _names(self) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for key in self._file.keys():  # noqa: SIM118 - a method of the file's own
             owner, _, rest = key.partition("/")
             client, _, name = rest.partition("/")
             if owner == "client":
-                self._names.setdefault(int(client), []).append(name)
+                found.setdefault(int(client), []).append(name)
+        return found
 
     def __getitem__(self, client: int) -> dict[str, Tensor]:
         return {name: self._file.get_tensor(f"client/{client}/{name}") for name in self._names[client]}
@@ -79,19 +91,15 @@ def save_final(path: Path, state: Mapping[str, Tensor], memories: Mapping[int, M
         for client in memories:
             yield from ((f"client/{client}/{name}", t) for name, t in memories[client].items())
 
-    head: dict[str, Any] = {}
-    end = 0
+    head, end = bytearray(b"{"), 0  # as text from the start: the words of many clients' tensors take ten times as much
     for name, tensor in parts():
         if tensor.dtype not in _NAMES:
             raise UserError(f"{name!r} is {tensor.dtype}, which {FINAL} cannot hold")
-        head[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
-        }
+        said = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [end, end + tensor.nbytes]}
+        head += (b", " if len(head) > 1 else b"") + f"{json.dumps(name)}: {json.dumps(said)}".encode()
         end += tensor.nbytes
-    text = json.dumps(head).encode()
-    text += b" " * (-len(text) % 8)
+    head += b"}"
+    text = bytes(head) + b" " * (-len(head) % 8)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

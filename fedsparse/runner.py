@@ -69,7 +69,7 @@ _log = logging.getLogger("fedsparse")
 @dataclass(frozen=True)
 class Run:
     """A finished run: its folder, ``summary.json``, the lines of ``rounds.jsonl``, the rows of ``clients.parquet``,
-    the server's final state and each client's memory."""
+    the server's final state and each client's memory (with ``engine.memory_mb`` it is read from the folder)."""
 
     directory: Path
     summary: dict[str, Any]
@@ -292,7 +292,8 @@ def _finished(
     if novel and novel.errors:
         _write(directory / "client_error.txt", novel.errors[0].trace)
     save_final(directory / FINAL, strategy.state.tensors(), Memories(store))
-    memories = FinalMemories(directory / FINAL) if job.experiment.engine.memory_mb else dict(Memories(store))
+    bounded = job.experiment.engine.memory_mb > 0
+    memories: Mapping[int, dict[str, Tensor]] = Memories(store) if bounded else dict(Memories(store))
     _save_rows(directory / "clients.parquet", record.rows)
     wall = time.perf_counter() - start
     facts = _facts(job.experiment, job.method.name, job.federation, strategy, len(record.rounds), memories, wall)
@@ -302,7 +303,8 @@ def _finished(
     _write(directory / "report.html", page(summary, record.rounds, config, str(directory)))
     _write(directory / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: it marks the run as complete
     _tidy(directory)
-    return Run(directory, summary, record.rounds, record.rows, strategy.state, memories)
+    left = FinalMemories(directory / FINAL) if bounded else memories
+    return Run(directory, summary, record.rounds, record.rows, strategy.state, left)
 
 
 def _tidy(directory: Path) -> None:
