@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -476,7 +477,8 @@ def _plan(experiment: Experiment, novel: tuple[int, ...]) -> Plan:
 def digest(state: State, memories: Mapping[int, Mapping[str, Tensor]]) -> str:
     """A SHA-256 of the final parameters and all client memories, bit for bit."""
     sha = hashlib.sha256()
-    for owner, tensors in (("state", state.tensors()), *((str(i), memories[i]) for i in sorted(memories))):
+    one_by_one = ((str(i), memories[i]) for i in sorted(memories))
+    for owner, tensors in chain((("state", state.tensors()),), one_by_one):
         for name in sorted(tensors):
             t = tensors[name].contiguous().cpu()
             sha.update(f"{owner}/{name} {t.dtype} {tuple(t.shape)}\n".encode())
