@@ -22,6 +22,7 @@ _ELSEWHERE = ("wall", "dense_bytes", "dense_flops", "server_flops", "dense_memor
 _GAP = 1  # epochs of onboarding after which novel clients are set against participants
 _LAST = 5  # evaluated rounds that a figure averages
 _DRAWS = 2000  # simulated federations behind the noise figure
+_DRAWN = 1 << 20  # clients of them at a time
 
 
 @dataclass(frozen=True)
@@ -187,8 +188,14 @@ def accuracy(rows: Sequence[Row], point: str) -> dict[str, float | None]:
 
 def noise_bottom_decile(probability: float, tests: np.ndarray[Any, Any]) -> float:
     """The expected bottom decile of clients that all are right with ``probability``: binomial in their test sizes."""
-    right = numpy_rng("noise").binomial(tests, min(1.0, max(0.0, probability)), size=(_DRAWS, len(tests)))
-    return float(_lowest(np.sort(right / tests, axis=1)).mean())
+    rng, p = numpy_rng("noise"), min(1.0, max(0.0, probability))
+    at_once = max(1, min(_DRAWS, _DRAWN // len(tests)))
+    total, left = 0.0, _DRAWS
+    while left:
+        right = rng.binomial(tests, p, size=(min(at_once, left), len(tests)))
+        left -= len(right)
+        total += len(right) * float(_lowest(np.sort(right / tests, axis=1)).mean())
+    return total / _DRAWS
 
 
 def _lowest(ordered: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
