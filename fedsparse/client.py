@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fedsparse.errors import UserError, many_lines, unknown
+from fedsparse.errors import FAILED, UserError, many_lines, named, unknown
 from fedsparse.masked import SquaredGradients
 from fedsparse.packet import Packet, Scalar, decode, encode, flaw, run_words
 from fedsparse.seeding import torch_rng, torch_seeded
@@ -33,7 +33,6 @@ Metrics = Mapping[str, Score]
 ONBOARD = "onboard"  # the kind of packet that a novel client gets
 ONBOARD_EPOCHS = (0, 1, 5, 10)  # of adaptation, after which a novel client is scored
 _MEMORY = "memory"
-_FAILED = 1000  # error code of a client that raised, in Flower's range for applications
 _FLOWERS_DP = ("flwr.clientapp.mod.centraldp_mods", "flwr.clientapp.mod.localdp_mod")
 
 
@@ -223,11 +222,6 @@ def read_words(text: str) -> tuple[RunWords, FederatedClient]:
     return RunWords(client, hyper, seed, server_round, local), load_client(client)(**hyper)
 
 
-def named(error: Exception) -> str:
-    """One line on what went wrong."""
-    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-
-
 def error_packet(error: Exception) -> Packet:
     """What a client answers when it failed: what went wrong, and its traceback."""
     said = {"message": named(error), "trace": traceback.format_exc()}
@@ -260,7 +254,7 @@ def client_app(task: Task, clients: Callable[[int], Client], mods: Sequence[Mod]
             content = LentRecords(reply) if lend else encode(reply)
         except Exception as error:  # any engine then tells the server who failed, and how
             if alike and message.metadata.message_type == MessageType.TRAIN:  # those mods take any packet for a model
-                return FlowerMessage(Error(_FAILED, many_lines(named(error))), reply_to=message)
+                return FlowerMessage(Error(FAILED, many_lines(named(error))), reply_to=message)
             reply = error_packet(error)
             content = LentRecords(reply) if lend else encode(reply)
         return FlowerMessage(content, reply_to=message)

@@ -6,6 +6,7 @@ import difflib
 import reprlib
 from collections.abc import Iterable
 
+FAILED = 1000  # Flower's error code of a client that raised or took no part, in its range for applications
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 _SHORT.maxlevel = 2
@@ -21,6 +22,11 @@ class ClientError(UserError):
     def __init__(self, message: str, trace: str = "") -> None:
         super().__init__(message)
         self.trace = trace
+
+
+def named(error: BaseException) -> str:
+    """What went wrong: the user's error as it is, another one after its type."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def shown(value: object) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
-from fedsparse.errors import UserError
+from fedsparse.errors import UserError, named
 
 EVENTS = "events.jsonl"
 _PYTHON = "py.warnings"  # what the standard library calls the logger of Python's warnings
@@ -116,8 +116,7 @@ class Events:
         if isinstance(error, KeyboardInterrupt):
             self("run_interrupted")
         else:
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-            self("run_failed", error=_line(text))
+            self("run_failed", error=_line(named(error)))
 
     def _append(self, now: float, utc: datetime, event: str, fields: Mapping[str, Any]) -> None:
         if self._fd < 0:

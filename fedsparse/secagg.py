@@ -31,12 +31,12 @@ from flwr.serverapp import Grid
 
 from fedsparse.aggregation import Aggregation
 from fedsparse.client import client_app
-from fedsparse.errors import ClientError, UserError
+from fedsparse.engine.grid import GridAround
+from fedsparse.errors import FAILED, ClientError, UserError
 from fedsparse.packet import Packet, decode, encode, shapes_of
 from fedsparse.strategy import AggregatingStrategy, FederatedStrategy
 from fedsparse.task import Client, Task
 
-_FAILED = 1000  # error code of a client that took no part, in Flower's range for applications
 _LAYOUT, _KIND = "layout", "kind"  # words of a reply, beside its scalars
 _QUANTA = 2**22  # steps into which a value is rounded, at random up or down; sums are modulo 2^32
 
@@ -59,7 +59,7 @@ def why_not_secure(strategy: FederatedStrategy) -> str:
     return ""
 
 
-class SecureGrid(Grid):
+class SecureGrid(GridAround):
     """A grid in which every training reply holds the mean of all uploads, in the place of the client's own.
 
     grid: of clients with a :func:`secure_app`, whose replies are the receiver's own. max_weight: of a client (its
@@ -83,28 +83,13 @@ class SecureGrid(Grid):
             raise UserError(f"no secure aggregation for {type(strategy).__name__.lower()}: {why}")
         if getattr(grid, "lends", False):
             raise UserError("SecureGrid needs a grid whose replies are its own: own_replies=True")
-        self._grid = grid
+        super().__init__(grid)
         self._options = (float(shares), float(threshold), float(max_weight), float(clipping_range))
         self.workers = getattr(grid, "workers", 1)
         if (partitions := getattr(grid, "partitions", None)) is not None:
             self.partitions = partitions
 
     # --- Flower's Grid -----------------------------------------------------------------------------------------------
-
-    def set_run(self, run: Any) -> None:
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        return self._grid.create_message(content, message_type, dst_node_id, group_id, ttl)
-
-    def get_node_ids(self) -> Iterable[int]:
-        return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         raise UserError("SecureGrid exchanges whole rounds: use send_and_receive")
@@ -143,7 +128,7 @@ class SecureGrid(Grid):
     def _reply(message: Message, result: FitRes | None, error: str) -> Message:
         """To the strategy, from what the old one got."""
         if result is None:
-            return Message(Error(_FAILED, error), reply_to=message)
+            return Message(Error(FAILED, error), reply_to=message)
         (flat,) = parameters_to_ndarrays(result.parameters)
         shapes = json.loads(str(result.metrics[_LAYOUT]))
         parts = torch.split(torch.from_numpy(flat.astype(np.float32)), [int(np.prod(s)) for _, s in shapes])

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fedsparse.client import error_packet
+from fedsparse.engine.grid import GridAround
 from fedsparse.engine.store import MemoryStore, memory_bytes, memory_records
 from fedsparse.errors import ClientError, UserError
 from fedsparse.packet import Packet, decode, encode
@@ -38,7 +39,7 @@ _POLL = 0.5  # seconds between looks at who is there
 _log = logging.getLogger("fedsparse")
 
 
-class FlowerGrid(Grid):
+class FlowerGrid(GridAround):
     """The grid of a ServerApp whose nodes were greeted. config: the resolved experiment (TOML) that they run.
 
     clients: how many the experiment has; nodes with other partition ids stay idle. store: takes the memories. wait:
@@ -47,41 +48,13 @@ class FlowerGrid(Grid):
 
     def __init__(self, grid: Grid, config: str, clients: int, store: MemoryStore, *, wait: float = 60.0) -> None:
         torch.set_num_threads(1)  # as in every engine
-        self._grid = grid
+        super().__init__(grid)
         self._store = store
         self.partitions = self._greeted(config, clients, wait)  # id -> node id
-
-    # --- Flower's Grid, handed through -------------------------------------------------------------------------------
-
-    def set_run(self, run: Any) -> None:
-        """The run is the grid's own."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        return self._grid.run
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message from the server to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of the experiment's clients."""
         return list(self.partitions.values())
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send messages; returns their ids."""
-        return self._grid.push_messages(messages)
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """The replies that have come."""
-        return self._grid.pull_messages(message_ids)
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """Send messages and wait for their replies, in any order."""
-        return self._grid.send_and_receive(messages, timeout=timeout)
 
     # --- ours --------------------------------------------------------------------------------------------------------
 

@@ -18,10 +18,9 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedsparse.engine.shared import Layout, Space, copied, lay, pick
 from fedsparse.engine.store import MemoryStore
-from fedsparse.errors import UserError
+from fedsparse.errors import FAILED, UserError
 
 _RUN_ID = 1
-_FAILED = 1000  # error code of a client that raised, in Flower's range for applications
 
 Job = tuple[int, str, str, int, Layout | None]  # partition, message type, group, which content, state
 Failure = tuple[int, str]  # code and reason
@@ -47,7 +46,48 @@ class OrderedReplies:
         return self._stream
 
 
-class OwnGrid(Grid):
+class _Sender(Grid):
+    """Abstract: how all grids here make messages."""
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """A message from the server to a node."""
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+
+class GridAround(_Sender):
+    """Abstract: a grid around another one, to which all that it does not do itself is handed."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def set_run(self, run: Any) -> None:
+        """The run is the inner grid's."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        return self._grid.run
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The nodes of the clients."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; returns their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """The replies that have come."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and wait for their replies, in any order."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+
+class OwnGrid(_Sender):
     """Abstract: a Flower Grid over ``partitions`` clients, which the driver runs. An engine says how (``_answers``).
 
     own_replies: replies and downloads are the receiver's own (what a stock Flower app expects); False lends packets and
@@ -77,12 +117,6 @@ class OwnGrid(Grid):
         from flwr.supercore.run import Run
 
         return Run.create_empty(_RUN_ID)
-
-    def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
-    ) -> Message:
-        """A message from the server to a node."""
-        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """The node ids: partition number + 1."""
@@ -145,7 +179,7 @@ class OwnGrid(Grid):
             if content is not None:
                 yield Message(content, reply_to=message)
             else:
-                yield Message(Error(*(error or (_FAILED, ""))), reply_to=message)
+                yield Message(Error(*(error or (FAILED, ""))), reply_to=message)
 
 
 def identify() -> None:
@@ -173,7 +207,7 @@ class Runner:
             return self._app(asked, context)
         except (Exception, SystemExit) as error:
             reason = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-            return Message(Error(_FAILED, reason), reply_to=message)
+            return Message(Error(FAILED, reason), reply_to=message)
 
     def here(self, i: int, message: Message, before: RecordDict) -> tuple[Picked, float]:
         """The answer of a client whose memory is in this process, and the seconds it took."""
