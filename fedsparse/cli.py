@@ -121,10 +121,10 @@ def verify(
     from fedsparse.verify import verify as each
 
     wanted, digests = engines_of(engines), set()
-    _log_to_standard_error(False)
-    for name, digest in each(_experiment(experiment, settings or []), wanted, out=out):
-        digests.add(digest)
-        typer.echo(f"{name:<10} {digest}")
+    with _log_on_standard_error(False):
+        for name, digest in each(_experiment(experiment, settings or []), wanted, out=out):
+            digests.add(digest)
+            typer.echo(f"{name:<10} {digest}")
     if len(digests) > 1:
         typer.echo("the digests differ", err=True)
         raise typer.Exit(DIFFERENT)
@@ -211,14 +211,14 @@ def _watched(work: Callable[[OnRound | None], Run], quiet: bool) -> Run:
     """Do it, with a progress display."""
     from fedsparse.report.progress import LiveProgress
 
-    _log_to_standard_error(quiet)
-    if quiet:
-        return work(None)
-    progress = LiveProgress()
-    try:
-        return work(progress)
-    finally:
-        progress.close()
+    with _log_on_standard_error(quiet):
+        if quiet:
+            return work(None)
+        progress = LiveProgress()
+        try:
+            return work(progress)
+        finally:
+            progress.close()
 
 
 @contextmanager
@@ -238,14 +238,21 @@ class _Lines(logging.Formatter):
         return f"{'warning' if record.levelno >= logging.WARNING else 'note'}: {record.getMessage()}"
 
 
-def _log_to_standard_error(quiet: bool) -> None:
+@contextmanager
+def _log_on_standard_error(quiet: bool) -> Iterator[None]:
     """The library's own lines, such as that it compiles something; none with ``quiet``."""
     handler = logging.StreamHandler()
     handler.setFormatter(_Lines())
     handler.setLevel(logging.ERROR if quiet else logging.INFO)  # not the logger's: a run's events have its warnings
     logger = logging.getLogger("fedsparse")
+    before = logger.handlers, logger.level
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:  # a process that calls a command and goes on may close this standard error
+        logger.handlers, level = before
+        logger.setLevel(level)
 
 
 def _print_result(done: Run, quiet: bool, as_json: bool) -> None:

@@ -407,7 +407,7 @@ def _choose_representation(experiment: Experiment, task: Task, batch: int) -> tu
     if batch:
         chosen = prepare(task.model, task.input_shape, experiment.sparse, batch, experiment.crossover)
     else:  # the driver does not know whether there will be masks: what was asked for holds all the same
-        chosen = crossovers(task.model, task.input_shape, experiment.sparse, batch)
+        chosen = crossovers(task.model, task.input_shape, experiment.sparse, batch, given=experiment.crossover)
     for name in experiment.crossover:
         if name not in chosen:
             raise unknown("layer in [crossover]", name, chosen)

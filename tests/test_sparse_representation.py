@@ -459,6 +459,33 @@ def test_a_later_process_starts_from_the_cache(tmp_path: Path) -> None:
     assert [python(_ADD, NUMBA_CACHE_DIR=str(tmp_path)).strip() for _ in range(2)] == ["0", "1"]
 
 
+_PASSES = """
+import hashlib, torch
+from fedsparse.sparse import kernels
+from fedsparse.sparse.executor import Executor
+from fedsparse.sparse.masks import compact
+from fedsparse.sparse.program import read_program
+from tests.test_sparse_executor import MODELS, draw_batch, draw_mask, named_task, sparse_pass
+
+torch.set_num_threads(1)
+bits = hashlib.sha256()
+for name in MODELS:
+    task = named_task(name)
+    mask, (x, y) = draw_mask(task, 0.2), draw_batch(task, 5)
+    executor = Executor(read_program(task.model, task.input_shape), mask, frozenset())
+    done = sparse_pass(executor, task, compact(task.init_params(), mask), x, y, train=True)
+    for tensor in done.tensors().values():
+        bits.update(tensor.numpy().tobytes())
+print(sum(kernels._backward.stats.cache_hits.values()), bits.hexdigest())
+"""
+
+
+def test_compiled_kernels_and_those_of_the_cache_give_the_same_bits(tmp_path: Path) -> None:
+    environment = {"NUMBA_CACHE_DIR": str(tmp_path)}
+    (compiled, bits), (read, again) = (python(_PASSES, **environment).split() for _ in range(2))
+    assert (compiled, read, bits == again) == ("0", "1", True)
+
+
 def test_a_cache_folder_of_numba_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     """A file in the place of each folder: root, too, cannot write there."""
     import shutil

@@ -332,16 +332,27 @@ _sums8, _sums4, _sums1 = _sums(8), _sums(4), _sums(1)
 _dots8, _dots4, _dots1 = _dots(8), _dots(4), _dots(1)
 
 
+_OPTIONS: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+
+
 def kernel(function: Callable[..., Any]) -> Any:
-    """Compile at first call; keep the result on disk where a folder for it can be written."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
+    """Compile at first call; keep the result on disk where a folder for it can be written.
+
+    Kernels call inlined functions, never each other: compiled code that calls other compiled code finds one copy of it
+    in the process that compiles it and another one in those that read it from the disk, and the two may sum in another
+    order.
+    """
     try:
-        return njit(cache=True, **options)(function)
+        return njit(cache=True, **_OPTIONS)(function)
     except RuntimeError:  # no folder to write to
-        return njit(**options)(function)
+        return njit(**_OPTIONS)(function)
 
 
-@kernel
+inlined = njit(forceinline=True, **_OPTIONS)
+"""What kernels share: it becomes a piece of each kernel that calls it."""
+
+
+@inlined
 def _rows_sum(
     offsets: Array, values: Array, start: int, n: int, x: Array, y: Array, runs: int, row: int, run: int
 ) -> None:
@@ -359,7 +370,7 @@ def _rows_sum(
             at += LANES
 
 
-@kernel
+@inlined
 def _rows_dot(
     offsets: Array, k: int, end: int, x: Array, y: Array, yo: int, runs: int, row: int, run: int, out: Array
 ) -> None:
@@ -403,13 +414,13 @@ def _begins(positions: Array, geo: Geometry) -> Array:
     return np.searchsorted(positions, np.arange(geo.outputs + 1) * cells).astype(np.int64)
 
 
-@kernel
+@inlined
 def _channel(rest: int, taps: int, per_tap: Real) -> int:
     """``rest // taps``. Exact for 31-bit numbers, and several times as fast as a 64-bit division."""
     return rest if taps == 1 else int((rest + 0.5) * per_tap)
 
 
-@kernel
+@inlined
 def _offsets(positions: Array, begins: Array, taps: Array, geo: Geometry) -> Array:
     """Where in the input buffer each non-zero reads, (kept,) int32."""
     count = taps.shape[1]
@@ -423,7 +434,7 @@ def _offsets(positions: Array, begins: Array, taps: Array, geo: Geometry) -> Arr
     return offsets
 
 
-@kernel
+@inlined
 def _transposed(positions: Array, values: Array, rows: Array, taps: Array, geo: Geometry) -> tuple[Array, Array, Array]:
     """The pattern of the input gradient, whose rows are (input channel, phase): where in the gradient buffer each
     non-zero reads, the values in that order, and where the rows begin. rows: the begins of the output rows."""
@@ -455,13 +466,13 @@ def _transposed(positions: Array, values: Array, rows: Array, taps: Array, geo: 
 # ------------------------------------------------------------------------------------------------- tile buffers
 
 
-@kernel
+@inlined
 def active(v: Real, scale: Real, shift: Real, relu: bool) -> Real:
     z = v * scale + shift
     return np.float32(0.0) if relu and z < 0 else z  # a NaN passes
 
 
-@kernel
+@inlined
 def _pack_row(
     source: Array, step: int, count: int, scale: Real, shift: Real, relu: bool, target: Array, pitch: int
 ) -> None:
@@ -479,7 +490,7 @@ def _pack_row(
             target[j * pitch] = active(source[j * step], scale, shift, relu)
 
 
-@kernel
+@inlined
 def _pack_input(
     raw: Array, scale: Array, shift: Array, relu: bool, first: int, geo: Geometry, c: int, buffer: Array
 ) -> None:
@@ -504,7 +515,7 @@ def _pack_input(
                             target[j * geo.group] = 0
 
 
-@kernel
+@inlined
 def _pack_gradient(grad: Array, raw: Array, lines: Array, first: int, geo: Geometry, c: int, buffer: Array) -> Real:
     """Fill channel ``c`` of the gradient buffer with ``a * grad + b * raw + d``; returns the sum of what it holds.
 
@@ -543,7 +554,7 @@ def _pack_gradient(grad: Array, raw: Array, lines: Array, first: int, geo: Geome
 # ------------------------------------------------------------------------------------------------- convolution
 
 
-@kernel
+@inlined
 def _unpack_output(line: Array, r: int, first: int, geo: Geometry, constant: Real, out: Array, sums: Array) -> None:
     """Write one output channel of a tile, and its sums for the norm behind."""
     count = min(geo.group, out.shape[1] - first)
@@ -619,7 +630,7 @@ def _forward(
             _unpack_output(line, r, first, geo, constant, out, sums)
 
 
-@kernel
+@inlined
 def _finish_row(
     z: Array,
     pitch: int,
@@ -660,7 +671,7 @@ def _finish_row(
     return s1, s2
 
 
-@kernel
+@inlined
 def _unpack_gradient(
     line: Array,
     c: int,
@@ -865,7 +876,7 @@ def values_of(raw: Array, scale: Array, shift: Array, relu: bool, out: Array) ->
                     to[j] = active(x[j], a, d, relu)
 
 
-@kernel
+@inlined
 def _reach(taps: int, step: int, pad: int, size: int, count: int) -> tuple[int, int, int]:
     """For tap number ``taps`` of a window: its first position, and which windows have it inside the image."""
     start = taps - pad
@@ -873,7 +884,7 @@ def _reach(taps: int, step: int, pad: int, size: int, count: int) -> tuple[int, 
     return start, first, min(count, (size - 1 - start) // step + 1)
 
 
-@kernel
+@inlined
 def _halve_row(top: Array, low: Array, a: Real, d: Real, best: Array) -> None:
     """The largest values of windows of 2 x 2 in two rows."""
     for j in range(len(best)):
