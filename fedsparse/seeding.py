@@ -35,9 +35,15 @@ def torch_rng(*path: int | str) -> torch.Generator:
 
 @contextmanager
 def torch_seeded(*path: int | str) -> Iterator[None]:
-    """torch's global CPU generator as that of the path, for the length of the block; then as it was."""
+    """torch's global CPU generator as that of the path, for the length of the block; then as it was.
+
+    That of a GPU in use is seeded too, and left so.
+    """
+    seed = seed_of(*path)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_of(*path))
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed formats a stack trace for each unused GPU kind
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(seed)
         yield
 
 

@@ -13,11 +13,13 @@ import pytest
 import ray
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedsparse.client import client_app
 from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
-from fedsparse.engine.ray import RayGrid
+from fedsparse.engine.ray import RayGrid, _parts
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.experiment import from_dict
@@ -153,6 +155,15 @@ def test_stock_apps_run_on_it_and_errors_are_replies() -> None:
             assert replies[8].has_error() and "ValueError: not today" in (replies[8].error.reason or "")
             right = [r for r in replies if not r.has_error()]
             assert all((r.content["n"]["x"].numpy() == turn).all() for r in right)  # type: ignore[call-overload,index,union-attr]
+
+
+@given(st.lists(st.integers(1, 50), max_size=60), st.lists(st.integers(1, 8), min_size=1, max_size=6))
+def test_lists_hold_every_client_once_in_order_and_about_their_share(sizes: list[int], shares: list[int]) -> None:
+    parts = _parts(list(enumerate(sizes)), sizes, shares)
+    assert [job for part in parts for job in part] == list(enumerate(sizes)) and all(parts) and len(parts) <= len(shares)
+    for count in range(1, len(parts) + 1):  # the ends lie where they should, to within a client
+        end = sum(size for part in parts[:count] for _, size in part)
+        assert any(abs(end - sum(sizes) * sum(shares[:k]) / sum(shares)) <= max(sizes) for k in range(len(shares) + 1))
 
 
 def broken() -> ClientApp:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from fedsparse.events import tell
 from fedsparse.packet import wire_bytes
 from fedsparse.sources import BITS, source_digest
 
-_LISTS_PER_WORKER = 4  # in a window; enough to even out unequal clients
+_SHARES = (4, 2, 1)  # of a worker in a window: lists get smaller, to even out unequal clients and to end together
 _WINDOW_JOBS = 64  # jobs a worker of a window, at most
 _WINDOW_BYTES = 256 << 20  # of answers in a window
 _AHEAD = 2  # lists a worker has at hand
@@ -36,6 +37,7 @@ _TRIES = 3  # of a list whose workers die
 _START_SECONDS, _REACH_SECONDS = 300.0, 5.0
 _NO_DEATHS = ("RuntimeEnvSetupError", "ActorUnschedulableError", "OutOfDiskError", "ObjectStoreFullError")
 _log = logging.getLogger("fedsparse")
+_T = TypeVar("_T")
 _PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", *BITS)
 
 
@@ -54,6 +56,18 @@ class _Hand:
     actor: Any
     starting: Any
     at: dict[Any, _List] = field(default_factory=dict)
+
+
+@dataclass
+class _Answers:
+    """What a list of jobs gave: memory, the buffer in it, and how many answers were not taken yet."""
+
+    space: bytearray
+    buffer: Buffer
+    left: int
+
+
+_Done = dict[int, tuple[Answer, _Answers]]  # by partition
 
 
 class RayGrid(OwnGrid):
@@ -88,6 +102,7 @@ class RayGrid(OwnGrid):
         self._needs = f"{cpus:g} CPUs and {gpus:g} GPUs"
         self._arguments = (make, partitions, self.lends, os.getcwd())  # noqa: PTH109 - a word to send
         self._hands: list[_Hand] = []
+        self._free: list[bytearray] = []  # to receive answers in: new memory costs as much as what is written to it
         options = {"num_cpus": cpus, "num_gpus": gpus, "max_restarts": 0, "runtime_env": {"env_vars": _environment()}}
         try:
             self._actor = self._ray.remote(_Worker).options(**options)
@@ -122,7 +137,7 @@ class RayGrid(OwnGrid):
         windows = self._windows(jobs)
         waiting = deque(lists for window in windows[:1] for lists in window)
         following = deque(windows[1:])
-        done: dict[int, tuple[Answer, Buffer]] = {}
+        done: _Done = {}
         left = [sum(len(lists.jobs) for lists in window) for window in windows]
         for window, count in enumerate(left):
             if following:  # a window is read while the next one is done
@@ -131,8 +146,11 @@ class RayGrid(OwnGrid):
             for i, _ in jobs[start : start + count]:
                 while i not in done:
                     self._step(waiting, contents, done)
-                answer, buffer = done.pop(i)
-                yield picked(answer, buffer, self._own)
+                answer, answers = done.pop(i)
+                yield picked(answer, answers.buffer, self._own)
+                answers.left -= 1
+                if not answers.left:  # views were valid until now
+                    self._free.append(answers.space)
 
     def _contents(self, jobs: list[tuple[int, Message]]) -> dict[int, Any]:
         """A reference to each distinct download, by the identity of its records, which the jobs keep alive."""
@@ -143,18 +161,23 @@ class RayGrid(OwnGrid):
         return refs
 
     def _windows(self, jobs: list[tuple[int, Message]]) -> list[list[_List]]:
-        """Runs of jobs whose answers may lie about at once, each in lists of about equal work, the largest first."""
+        """Runs of jobs whose answers may lie about at once, each in lists, the largest clients and lists first.
+
+        Clients of one size keep their order, so that answers can be taken while later lists are at work.
+        """
         largest = self._largest or max((wire_bytes(m.content) for _, m in jobs[:1]), default=1)  # at first a download
         most = min(_WINDOW_JOBS * self.workers, max(1, _WINDOW_BYTES // max(1, largest)))
         windows = []
         for start in range(0, len(jobs), max(self.workers, most)):
             window = jobs[start : start + max(self.workers, most)]
             order = sorted(window, key=lambda job: (-self._sizes.get(job[0], 0.0), job[0]))
-            count = min(len(order), _LISTS_PER_WORKER * self.workers)
-            windows.append([_List(order[k::count]) for k in range(count)])
+            shares = [share for share in _SHARES for _ in range(self.workers)]
+            windows.append([_List(part) for part in _parts(order, [self._sizes.get(i, 1.0) for i, _ in order], shares)])
         return windows
 
-    def _step(self, waiting: deque[_List], contents: Mapping[int, Any], done: dict[int, tuple[Answer, Buffer]]) -> None:
+    def _step(
+        self, waiting: deque[_List], contents: Mapping[int, Any], done: _Done
+    ) -> None:
         """Hand out what there is to do, and wait for one answer or one worker that starts."""
         for _ in range(_AHEAD):
             for hand in self._hands:
@@ -184,7 +207,7 @@ class RayGrid(OwnGrid):
         down = np.frombuffer(space.data, np.uint8)
         hand.at[hand.actor.work.remote(jobs, down, *(contents[key] for key in numbers))] = todo
 
-    def _take(self, hand: _Hand, ref: Any, waiting: deque[_List], done: dict[int, tuple[Answer, Buffer]]) -> None:
+    def _take(self, hand: _Hand, ref: Any, waiting: deque[_List], done: _Done) -> None:
         errors = self._ray.exceptions
         try:
             found = self._ray.get(ref)
@@ -206,15 +229,24 @@ class RayGrid(OwnGrid):
             return
         todo = hand.at.pop(ref)
         seconds, answers, data = found
-        buffer = Buffer(memoryview(bytearray(data)))  # a copy: writing into the object store's is a crash
+        whole = self._received(data, len(answers))
         self.busy_seconds += seconds
         self._largest = max(self._largest, len(data) // len(answers))
-        done.update({i: (answer, buffer) for (i, _), answer in zip(todo.jobs, answers, strict=True)})
+        done.update({i: (answer, whole) for (i, _), answer in zip(todo.jobs, answers, strict=True)})
+
+    def _received(self, data: np.ndarray[Any, Any], count: int) -> _Answers:
+        """A copy of the bytes of ``count`` answers: writing into the object store's is a crash."""
+        space = self._free.pop() if self._free else bytearray()
+        if len(space) < len(data):
+            space = bytearray(len(data))
+        view = memoryview(space)[: len(data)]
+        view[:] = data.data
+        return _Answers(space, Buffer(view), count)
 
     def _replace(self, hand: _Hand, waiting: deque[_List], error: Exception) -> None:
         """A worker is dead: another one starts, and its lists are done again."""
         self.lost += 1
-        reason = str(error).splitlines()[0]
+        reason = _reason(error)
         tell("worker_lost", lost=self.lost, reason=reason)
         lists = list(hand.at.values())  # the first one was at work
         if lists:
@@ -239,6 +271,7 @@ class _Worker:
             os.chdir(folder)
         identify()
         self._error = ""
+        self._up = Buffer()
         try:
             self._runner = Runner(make(), partitions, lend)
         except Exception as error:  # an actor whose making fails looks like one that died
@@ -255,9 +288,28 @@ class _Worker:
         start = time.perf_counter()
         # copies, once a list: a client half that writes into its packet gets an error, not a crash
         records = [pick(layout, Buffer(memoryview(bytearray(data))), copy=False) for layout, data in contents]
-        states, up = Buffer(down.data), Buffer()
+        states, up = Buffer(down.data), self._up
+        up.clear()  # Ray has copied the last list's
         answers = [self._runner.there(job, records, states, up) for job in jobs]
         return time.perf_counter() - start, answers, np.frombuffer(up.data, np.uint8)
+
+
+def _parts(items: Sequence[_T], sizes: Sequence[float], shares: Sequence[float]) -> list[list[_T]]:
+    """``items`` in order, cut into runs whose sizes are to each other about as ``shares``; none is empty."""
+    ends = np.cumsum(shares) / sum(shares)
+    middles = (np.cumsum(sizes) - np.asarray(sizes) / 2) / max(sum(sizes), 1e-300)
+    places = np.searchsorted(ends, middles)
+    runs: list[list[_T]] = [[] for _ in shares]
+    for item, place in zip(items, places, strict=True):
+        runs[place].append(item)
+    return [run for run in runs if run]
+
+
+def _reason(death: Exception) -> str:
+    """The line that says why: of an actor that could not be made, that of the exception there."""
+    lines = str(death).splitlines()
+    errors = [line for line in lines if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return errors[-1] if errors else lines[0]
 
 
 def _laid(records: RecordDict) -> tuple[Layout, np.ndarray[Any, Any]]:

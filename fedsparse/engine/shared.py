@@ -58,6 +58,10 @@ class Buffer:
         """All that was placed."""
         return self._data[: self._end]
 
+    def clear(self) -> None:
+        """What was placed may be overwritten. The memory stays: new one costs as much as what is written to it."""
+        self._end = 0
+
 
 class Arena:
     """Shared memory that grows at its end. One process writes (``place``), the others read (``view``)."""
