@@ -175,9 +175,7 @@ class RayGrid(OwnGrid):
             windows.append([_List(part) for part in _parts(order, [self._sizes.get(i, 1.0) for i, _ in order], shares)])
         return windows
 
-    def _step(
-        self, waiting: deque[_List], contents: Mapping[int, Any], done: _Done
-    ) -> None:
+    def _step(self, waiting: deque[_List], contents: Mapping[int, Any], done: _Done) -> None:
         """Hand out what there is to do, and wait for one answer or one worker that starts."""
         for _ in range(_AHEAD):
             for hand in self._hands:
