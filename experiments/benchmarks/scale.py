@@ -10,7 +10,8 @@ all clients: ten clients; all, with their memories in RAM; all, with at most --l
 Peak of anonymous and shared memory of the process, as the kernel counts it; digests; seconds of the rounds.
 registered: logistic regression on 20 features, FedAvg, --cohort clients a round out of so many. The sets run in turns,
 round by round, in processes of their own; a ratio is the median over turns of time / the smallest set's in the same
-turn.
+turn. Then what is held for a registered client (memory after the first round, largest set less smallest, without the
+examples) and for a client's row of a round (growth over the rounds of the smallest set, by client and round).
 soak: pFedGate on the digits with two workers; memory, threads, open files and the run folder every hundred rounds.
 """
 
@@ -36,6 +37,7 @@ import fedsparse
 from fedsparse.experiment import from_dict
 
 TRAIN, TEST = 8, 2  # examples of a synthetic client
+FEATURES = 20  # of an example for logistic regression
 SPAWN = multiprocessing.get_context("spawn")  # a process of its own, with nothing inherited
 QUIET = {"every": 1 << 20, "fraction": 0.001}
 MB = 10**6
@@ -171,35 +173,44 @@ def registered(sizes: Sequence[int], cohort: int, rounds: int) -> dict[str, Any]
         processes.append(process)
         print(f"{size} clients: ready after {ours.recv():.1f} s", flush=True)
     times: list[list[float]] = [[] for _ in sizes]
+    first = [pipe.recv() for pipe in pipes]
+    last = list(first)
     for turn in range(rounds):
         for i, pipe in enumerate(pipes):
             pipe.send(True)
-            seconds = pipe.recv()
+            seconds, last[i] = pipe.recv()
             if turn:  # the first round warms up
                 times[i].append(seconds)
-    found = {}
+    found: dict[str, Any] = {}
     for size, own in zip(sizes, times, strict=True):
         ratios = [a / b for a, b in zip(own, times[0], strict=True)]
         found[str(size)] = {"seconds": float(np.median(own)), "ratio": float(np.median(ratios))}
         print(f"{size:7} registered, {cohort} a round: {np.median(own):.3f} s a round, {np.median(ratios):.3f} x")
     for process in processes:
         process.terminate()
+    examples = (TRAIN + TEST) * (FEATURES * 4 + 8)  # of a client: float32 features, an int64 label
+    found["row_bytes"] = (last[0] - first[0]) / (rounds * cohort)
+    print(f"a client's row of a round: {found['row_bytes']:.0f} bytes")
+    if len(sizes) > 1:
+        found["client_bytes"] = (first[-1] - first[0]) / (sizes[-1] - sizes[0]) - examples
+        print(f"a registered client: {found['client_bytes']:.0f} bytes beside its examples of {examples}")
     return found
 
 
 def waiting(pipe: Connection, clients: int, cohort: int, rounds: int) -> None:
-    """A run that waits for a word before each round, and answers with the seconds that the round took."""
+    """A run that waits for a word before each round, and answers with the seconds that the round took and the memory
+    that is held. Before, it says how long it took to be ready, and what it then held."""
     start = time.perf_counter()
     last = [0.0]
 
     def after(_: dict[str, Any]) -> None:
         seconds = time.perf_counter() - last[0]
-        pipe.send(seconds)
+        pipe.send((seconds, memory_bytes()))
         pipe.recv()
         last[0] = time.perf_counter()
 
     with tempfile.TemporaryDirectory() as folder:
-        data = synthetic(Path(folder), clients, (20,), "logistic")
+        data = synthetic(Path(folder), clients, (FEATURES,), "logistic")
         experiment = from_dict(
             {
                 "dataset": str(data),
@@ -218,6 +229,7 @@ def waiting(pipe: Connection, clients: int, cohort: int, rounds: int) -> None:
             if first[0]:  # the round in which everything is made does not count
                 first[0] = False
                 pipe.send(time.perf_counter() - start)
+                pipe.send(memory_bytes())
                 pipe.recv()
                 last[0] = time.perf_counter()
             else:
