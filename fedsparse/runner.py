@@ -143,6 +143,7 @@ def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None 
     _check_engine(experiment, None)
     job = _job(experiment)
     with _alone(directory), Events() as events:
+        _warn_of_changes(directory / "config.toml", job.federation.task.device)
         with _errors_to(directory):
             found = Checkpoints(directory, _HISTORY).newest()
         return _carried_out(job, directory, on_round, start, found, events)
@@ -547,9 +548,13 @@ def _config(experiment: Experiment, method: Method, federation: Federation) -> s
     device = federation.task.device
     resolved = replace(experiment, model=federation.model, crossover=crossover, device=device.type).to_dict()
     resolved["method"] = {"name": experiment.method, experiment.method: hyper}  # under its name: of no other method
-    facts = {
-        "clients": len(federation.clients),
-        "notes": list(federation.notes),
+    facts = {"clients": len(federation.clients), "notes": list(federation.notes), **_computed_with(device)}
+    return toml_text(resolved) + "\n" + toml_text({"resolved": facts})
+
+
+def _computed_with(device: torch.device) -> dict[str, str]:
+    """What the bits of a result depend on beside the experiment."""
+    return {
         "python": platform.python_version(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         **({"gpu": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
@@ -557,7 +562,17 @@ def _config(experiment: Experiment, method: Method, federation: Federation) -> s
         **{name: version(name) for name in _PACKAGES if name != "numba" or find_spec(name)},
         **{name: os.environ[name] for name in BITS if name in os.environ},
     }
-    return toml_text(resolved) + "\n" + toml_text({"resolved": facts})
+
+
+def _warn_of_changes(config: Path, device: torch.device) -> None:
+    """Say what a run that is resumed was begun with and is not there any more."""
+    before = tomllib.loads(config.read_text(encoding="utf-8")).get("resolved", {})
+    now = _computed_with(device)
+    kinds = sorted({*now, *BITS, "gpu"} - {"python"})
+    changed = [(name, before.get(name, ""), now.get(name, "")) for name in kinds]
+    found = [f"{name} {old or 'not set'}, now {new or 'not set'}" for name, old, new in changed if old != new]
+    if found:
+        _log.warning("this run was begun with %s: its digest may be another one for that", "; ".join(found))
 
 
 def _commit() -> str:

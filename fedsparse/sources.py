@@ -7,6 +7,9 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import torch
+
 BITS = ("MKL_CBWR", "ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")  # environment that changes the bits of a result
 _PACKAGES = ("fedsparse", "strategies", "clients")
 
@@ -25,3 +28,13 @@ def source_digest() -> str:
 def must_agree() -> dict[str, str]:
     """What a client must have in common with its server, of this process, by name."""
     return {"source code": source_digest(), **{name: os.environ.get(name, "") for name in BITS}}
+
+
+def same_bits() -> dict[str, str]:
+    """The same and more: without these an engine's workers would compute other bits than the driver."""
+    return {
+        **must_agree(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "CPU capability": torch.backends.cpu.get_cpu_capability(),
+    }

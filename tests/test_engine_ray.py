@@ -178,7 +178,7 @@ def test_an_app_that_cannot_be_made_is_one_line() -> None:
 
 
 def test_workers_of_other_code_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsparse.engine.ray.source_digest", lambda: "another")
+    monkeypatch.setattr("fedsparse.sources.source_digest", lambda: "another")
     with (
         RayGrid(app, 2, workers=1) as grid,
         pytest.raises(UserError, match="have other source code than"),

@@ -113,6 +113,21 @@ def test_it_goes_on_again_and_again_with_little_memory(tmp_path: Path) -> None:
     same_run(whole, resume(tmp_path / "cut"))
 
 
+def test_other_versions_than_a_run_was_begun_with_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    interrupted("fedavg", tmp_path / "cut", 2)
+    config = tmp_path / "cut" / "config.toml"
+    text = config.read_text()
+    config.write_text(text.replace(f'torch = "{torch.__version__}"', 'torch = "1.0"') + 'MKL_CBWR = "COMPATIBLE"\n')
+    with pytest.raises(InterruptedRunError):
+        resume(tmp_path / "cut", on_round=stop_after(1))
+    said = f"begun with MKL_CBWR COMPATIBLE, now not set; torch 1.0, now {torch.__version__}: its digest may be another"
+    assert said in caplog.text
+    caplog.clear()
+    config.write_text(text)
+    resume(tmp_path / "cut")
+    assert "begun with" not in caplog.text
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_kill_minus_nine(workers: int, tmp_path: Path) -> None:
     """The driver dies in the middle of a round, and of writing: nothing is left to clean up, no worker lives on."""

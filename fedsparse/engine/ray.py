@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -27,7 +26,7 @@ from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.events import tell
 from fedsparse.packet import wire_bytes
-from fedsparse.sources import BITS, source_digest
+from fedsparse.sources import BITS, same_bits
 
 _SHARES = (4, 2, 1)  # of a worker in a window: lists get smaller, to even out unequal clients and to end together
 _WINDOW_JOBS = 64  # jobs a worker of a window, at most
@@ -94,7 +93,7 @@ class RayGrid(OwnGrid):
     ) -> None:
         super().__init__(partitions, workers, own_replies, store)
         self._ray = _ray()
-        self._same = _same()  # before anybody edits a file
+        self._same = same_bits()  # before anybody edits a file
         self.lost = 0  # workers that died
         self._sizes = dict(sizes or {})
         self._largest = 0  # bytes of an answer, over those so far
@@ -277,7 +276,7 @@ class _Worker:
 
     def ready(self) -> tuple[dict[str, str], str]:
         """What must be the same as the driver's, and why this worker cannot work, or ""."""
-        return _same(), self._error
+        return same_bits(), self._error
 
     def work(
         self, jobs: list[Job], down: np.ndarray[Any, Any], *contents: tuple[Layout, np.ndarray[Any, Any]]
@@ -314,16 +313,6 @@ def _laid(records: RecordDict) -> tuple[Layout, np.ndarray[Any, Any]]:
     space = Buffer()
     layout = lay(records, space)
     return layout, np.frombuffer(space.data, np.uint8)
-
-
-def _same() -> dict[str, str]:
-    """What decides about the bits of a result, of this process."""
-    return {
-        "source code": source_digest(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "CPU capability": torch.backends.cpu.get_cpu_capability(),
-    }
 
 
 def _ray() -> Any:
