@@ -99,22 +99,25 @@ def set_rates(dataset: str, best: dict[str, dict[str, float]]) -> None:
 # --- the runs of a table ---------------------------------------------------------------------------------------------
 
 
-def final(dataset: str, seeds: Sequence[int]) -> None:
-    """All runs of a data set's table, seed by seed; those of other seeds that the file has stay in it."""
+def final(dataset: str, seeds: Sequence[int], methods: Sequence[str] = METHODS) -> None:
+    """The runs of a data set's table, seed by seed; those of other seeds and methods that the file has stay in it.
+
+    The narrow dense controls need a dense run and pFedGate's: they follow where all of ``METHODS`` run.
+    """
     kept = HERE / "results" / f"{dataset}_final.json"
     found: list[dict[str, Any]] = json.loads(kept.read_text()) if kept.exists() else []
-    found = [e for e in found if e["seed"] not in seeds]
+    found = [e for e in found if e["seed"] not in seeds or e["method"] not in methods]
     for seed in seeds:
         shares: dict[float, dict[str, float]] = {}
         dense: dict[str, float] = {}
-        for method in METHODS:
+        for method in methods:
             found.append(entry(dataset, method, seed, [f"method={method}", f"seed={seed}"]))
             if method == "local":
                 dense = found[-1]["all"]
             if method == "pfedgate":
                 shares = {t["tier"]: t for t in found[-1]["tiers"] if t["tier"] != 1.0}
             write(f"{dataset}_final", found)
-        for method, equal in CONTROLS:
+        for method, equal in CONTROLS if set(methods) == set(METHODS) else ():
             for tier, cost in shares.items():
                 share = round(cost["density"] if equal == "parameters" else cost["macs"] / dense["macs"], 4)
                 settings = [f"method={method}", f"seed={seed}", f"narrow={equal}", f"narrow_to={share}"]
@@ -203,7 +206,9 @@ def lines(found: list[dict[str, Any]]) -> Iterator[tuple[str, float | None, list
     tiers = [t["tier"] for t in plain[0]["tiers"]]
     for tier in (None, *tiers):
         for method in METHODS:
-            yield method, tier, [e for e in plain if e["method"] == method]
+            entries = [e for e in plain if e["method"] == method]
+            if entries:
+                yield method, tier, entries
         for method, equal in CONTROLS:
             entries = [e for e in found if e.get("control") == equal and e["method"] == method and e["of_tier"] == tier]
             if entries:
@@ -227,7 +232,7 @@ def main() -> None:
     parser.add_argument("what", choices=("tune", "final", "table"))
     parser.add_argument("datasets", nargs="+")
     parser.add_argument(
-        "--methods", default=",".join(METHODS), help="for tune: which methods, the others' rates are kept"
+        "--methods", default=",".join(METHODS), help="which methods; the rates and runs of others are kept"
     )
     parser.add_argument("--trials", type=int, default=TRIALS, help="for tune: the first so many of the draws")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS), help="for final")
@@ -236,7 +241,7 @@ def main() -> None:
         if args.what == "tune":
             tune(dataset, args.methods.split(","), args.trials)
         elif args.what == "final":
-            final(dataset, args.seeds)
+            final(dataset, args.seeds, args.methods.split(","))
         else:
             table(dataset)
 
