@@ -4,9 +4,9 @@
     python experiments/flower_runtime.py deployment EXPERIMENT [--set KEY=VALUE ...] [--out DIR]
     python experiments/flower_runtime.py deployment --resume RUN_DIR
 
-The digest is compared with the local engine's under ``--compare``. ``--kill-after 2`` kills all processes, the nodes' too,
-by SIGKILL once two checkpoints are there, and goes on with new ones. Exit code 0; 1 if the digests differ; 2 for a run that
-failed.
+The digest is compared with the local engine's under ``--compare``. ``--kill-after 2`` kills all processes by SIGKILL,
+the nodes' too, once two checkpoints are there, and goes on with new ones. Exit code 0; 1 if the digests differ; 2 for a
+run that failed.
 """
 
 from __future__ import annotations
@@ -254,6 +254,8 @@ def begin(kind: str, experiment: Experiment, out: Path, *, kill_after: int = 0, 
     kill_after: all processes are killed once the checkpoint after so many lines of ``rounds.jsonl`` is there, and new
     ones go on; 0 = they are not. Raises UserError for a run that failed.
     """
+    if out.exists():
+        raise UserError(f"output folder {str(out)!r} exists; name another or remove it")
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as temporary:
         file, clients = Path(temporary) / "experiment.toml", clients_of(experiment)
         file.write_text(experiment.to_toml())
