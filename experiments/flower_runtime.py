@@ -251,8 +251,8 @@ def clients_of(experiment: Experiment) -> int:
 def begin(kind: str, experiment: Experiment, out: Path, *, kill_after: int = 0, show: bool = False) -> str:
     """An experiment in Flower's runtime of this kind, into the run folder ``out``; returns the digest.
 
-    kill_after: all processes are killed once the checkpoint after so many lines of ``rounds.jsonl`` is there, and new
-    ones go on; 0 = they are not. Raises UserError for a run that failed.
+    kill_after: all processes are killed once the checkpoint after so many lines of ``rounds.jsonl`` is there; "" is
+    returned. 0 = they are not. Raises UserError for a run that failed.
     """
     if out.exists():
         raise UserError(f"output folder {str(out)!r} exists; name another or remove it")
@@ -273,9 +273,7 @@ def begin(kind: str, experiment: Experiment, out: Path, *, kill_after: int = 0, 
             runtime.kill()
     if (out / "summary.json").exists():
         raise UserError("the run was over before it could be killed: give it more rounds")
-    if show:
-        print("== Flower: all processes are killed; new ones go on", flush=True)
-    return go_on(kind, out, show=show)
+    return ""
 
 
 def go_on(kind: str, folder: Path, *, show: bool = False) -> str:
@@ -338,6 +336,9 @@ def _run(args: argparse.Namespace, temporary: Path) -> int:
         experiment = load_experiment(temporary / "local" / "config.toml")  # with what was measured
     out = (args.out or temporary / "flower").absolute()
     digest = begin(args.kind, experiment, out, kill_after=args.kill_after, show=True)
+    if args.kill_after:
+        print("== Flower: all processes are killed; new ones go on", flush=True)
+        digest = go_on(args.kind, out, show=True)
     print(f"digest {digest}" + (f", run folder: {out}" if args.out else ""))
     if local:
         print("the local engine's is the same" if local == digest else f"the local engine's differs: {local}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from experiments.flower_runtime import KINDS, begin, checkpoint_after
+from experiments.flower_runtime import KINDS, begin, checkpoint_after, go_on
 from fedsparse.errors import UserError
 from fedsparse.experiment import Experiment, from_dict, load_experiment
 from fedsparse.verify import verify
@@ -45,8 +46,10 @@ def digests(method: str, rounds: int, folder: Path) -> Iterator[tuple[str, str]]
     for kind, workers in OWN:
         yield f"{kind}:{workers}, killed", killed(first, kind, workers, folder / f"{kind}-{workers}-killed")
     for kind in KINDS:
-        for name, kill_after in ((f"flwr {kind}", 0), (f"flwr {kind}, killed", KILL_AFTER)):
-            yield name, begin(kind, load_experiment(first), folder / name.replace(" ", "-"), kill_after=kill_after)
+        yield f"flwr {kind}", begin(kind, load_experiment(first), folder / f"flwr-{kind}")
+        place = folder / f"flwr-{kind}-killed"
+        begin(kind, load_experiment(first), place, kill_after=KILL_AFTER)
+        yield f"flwr {kind}, killed", go_on(kind, place)
 
 
 def killed(config: Path, kind: str, workers: int, folder: Path) -> str:
@@ -69,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="keep the run folders here")
     args = parser.parse_args(arguments)
+    os.environ.setdefault("RAY_worker_niceness", "0")  # else a busy machine starves Ray's workers
     methods, table = args.methods.split(","), dict[str, dict[str, str]]()
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as temporary:
         try:
