@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,6 @@ from fedsparse.runner import run
 PROJECT = Path(__file__).resolve().parents[1]
 HOST, LINK = "127.0.0.1", "here"
 START_SECONDS, END_SECONDS = 60.0, 10.0
-LOOK_SECONDS = 5.0  # between looks at a run that is to be killed: has it ended?
 KINDS = ("simulation", "deployment")
 
 
@@ -126,26 +126,18 @@ class Runtime:
 
         show: the run's log lines on standard output.
         """
-        run_id = self.start(config, nodes)
-        self._flwr("log", run_id, LINK, "--stream", show=show)
-        while not (found := self.ended(run_id)):  # the exit code says nothing of how the run ended
-            time.sleep(0.5)
-        return found
-
-    def start(self, config: Mapping[str, Any], nodes: int = 0) -> str:
-        """Start such a run; returns its id."""
         file = self.folder / "run.toml"
         file.write_text(toml_text(config))
         simulated = f"num-supernodes={nodes} client-resources-num-cpus=1 init-args-logging-level='ERROR'"
         federation = ("--federation-config", simulated) if nodes else ()
         started = self._flwr("run", str(PROJECT), LINK, "--run-config", str(file), *federation, "--format", "json")
-        return str(json.loads(started)["run-id"])
-
-    def ended(self, run_id: str) -> tuple[str, str] | None:
-        """Flower's status and its details of a run that is over."""
-        found = json.loads(self._flwr("ls", LINK, "--run-id", run_id, "--format", "json"))["runs"][0]
-        over = found["status"].startswith("finished")
-        return (found["status"], found["status-details"] or "") if over else None
+        run_id = str(json.loads(started)["run-id"])
+        self._flwr("log", run_id, LINK, "--stream", show=show)
+        while True:  # the exit code says nothing of how the run ended
+            found = json.loads(self._flwr("ls", LINK, "--run-id", run_id, "--format", "json"))["runs"][0]
+            if found["status"].startswith("finished"):
+                return found["status"], found["status-details"] or ""
+            time.sleep(0.5)
 
     def _flwr(self, *arguments: str, show: bool = False) -> str:
         done = subprocess.run(
@@ -262,15 +254,14 @@ def begin(kind: str, experiment: Experiment, out: Path, *, kill_after: int = 0, 
         config = {"experiment": str(file), "out": str(out.absolute())}
         if not kill_after:
             return _done(kind, config, clients, out, show)
-        with Runtime(clients if kind == "deployment" else 0) as runtime:
-            run_id, looked = runtime.start(config, 0 if kind == "deployment" else clients), time.monotonic()
+        nodes = (clients, 0) if kind == "deployment" else (0, clients)
+        with ThreadPoolExecutor(1) as pool, Runtime(nodes[0]) as runtime:
+            running = pool.submit(runtime.run, config, nodes[1])
             while not checkpoint_after(out, kill_after):
-                if time.monotonic() > looked + LOOK_SECONDS:
-                    if ended := runtime.ended(run_id):
-                        raise UserError(f"the run was over before it could be killed: {': '.join(ended)}")
-                    looked = time.monotonic()
+                if running.done():
+                    raise UserError(f"the run was over before it could be killed: {': '.join(running.result())}")
                 time.sleep(0.02)
-            runtime.kill()
+            runtime.kill()  # and the thread's command, which fails
     if (out / "summary.json").exists():
         raise UserError("the run was over before it could be killed: give it more rounds")
     return ""
