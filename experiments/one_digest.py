@@ -45,6 +45,7 @@ def digests(method: str, rounds: int, folder: Path) -> Iterator[tuple[str, str]]
     first = folder / "0-local-1" / "config.toml"
     for kind, workers in OWN:
         yield f"{kind}:{workers}, killed", killed(first, kind, workers, folder / f"{kind}-{workers}-killed")
+    _close_when_ended()  # once more: Ray has taken the signal
     for kind in KINDS:
         yield f"flwr {kind}", begin(kind, load_experiment(first), folder / f"flwr-{kind}")
         place = folder / f"flwr-{kind}-killed"
@@ -64,6 +65,11 @@ def killed(config: Path, kind: str, workers: int, folder: Path) -> str:
     if subprocess.run((*FEDSPARSE, "resume", str(folder), "--quiet"), check=False).returncode:
         raise UserError(f"the run that was killed on {kind}:{workers} cannot be resumed")
     return str(json.loads((folder / "summary.json").read_text())["digest"])
+
+
+def _close_when_ended() -> None:
+    """SIGTERM ends all processes, not this one alone."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -91,5 +97,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all processes are ended
+    _close_when_ended()
     sys.exit(main())
