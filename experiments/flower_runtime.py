@@ -2,9 +2,11 @@
 
     python experiments/flower_runtime.py simulation EXPERIMENT [--set KEY=VALUE ...] [--out DIR]
     python experiments/flower_runtime.py deployment EXPERIMENT [--set KEY=VALUE ...] [--out DIR]
+    python experiments/flower_runtime.py deployment --resume RUN_DIR
 
-The digest is compared with the local engine's under ``--compare``. Exit code 0; 1 if the digests differ; 2 for a run
-that failed.
+The digest is compared with the local engine's under ``--compare``. ``--kill-after 2`` kills all processes by SIGKILL,
+the nodes' too, once two checkpoints are there, and goes on with new ones. Exit code 0; 1 if the digests differ; 2 for a
+run that failed.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ from fedsparse.runner import run
 PROJECT = Path(__file__).resolve().parents[1]
 HOST, LINK = "127.0.0.1", "here"
 START_SECONDS, END_SECONDS = 60.0, 10.0
+KINDS = ("simulation", "deployment")
 
 
 class Runtime:
@@ -148,6 +152,16 @@ class Runtime:
             raise UserError(f"flwr {arguments[0]} failed: {(done.stderr or done.stdout or '').strip()[-2000:]}")
         return done.stdout or ""
 
+    def kill(self) -> None:
+        """SIGKILL to all processes, those that they have started too. Nothing else is done: ``close`` comes after."""
+        for process in self._processes.values():
+            process.kill()
+        while left := self._left():
+            for pid in left:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
+
     def close(self) -> None:
         """End all processes, those that they have started too, and delete the folder."""
         for process in reversed(self._processes.values()):
@@ -226,13 +240,67 @@ def clients_of(experiment: Experiment) -> int:
     return len(federate(load_dataset(experiment.dataset), experiment.partition, experiment.seed).clients)
 
 
+def begin(kind: str, experiment: Experiment, out: Path, *, kill_after: int = 0, show: bool = False) -> str:
+    """An experiment in Flower's runtime of this kind, into the run folder ``out``; returns the digest.
+
+    kill_after: all processes are killed once the checkpoint after so many lines of ``rounds.jsonl`` is there; "" is
+    returned. 0 = they are not. Raises UserError for a run that failed.
+    """
+    if out.exists():
+        raise UserError(f"output folder {str(out)!r} exists; name another or remove it")
+    with tempfile.TemporaryDirectory(prefix="fedsparse-") as temporary:
+        file, clients = Path(temporary) / "experiment.toml", clients_of(experiment)
+        file.write_text(experiment.to_toml())
+        config = {"experiment": str(file), "out": str(out.absolute())}
+        if not kill_after:
+            return _done(kind, config, clients, out, show)
+        nodes = (clients, 0) if kind == "deployment" else (0, clients)
+        with ThreadPoolExecutor(1) as pool, Runtime(nodes[0]) as runtime:
+            running = pool.submit(runtime.run, config, nodes[1])
+            while not checkpoint_after(out, kill_after):
+                if running.done():
+                    raise UserError(f"the run was over before it could be killed: {': '.join(running.result())}")
+                time.sleep(0.02)
+            runtime.kill()  # and the thread's command, which fails
+    if (out / "summary.json").exists():
+        raise UserError("the run was over before it could be killed: give it more rounds")
+    return ""
+
+
+def go_on(kind: str, folder: Path, *, show: bool = False) -> str:
+    """Go on with the run in a folder in Flower's runtime of this kind; returns the digest."""
+    if not (folder / "config.toml").is_file():
+        raise UserError(f"{str(folder)!r} is no run folder: it has no config.toml")
+    clients = clients_of(load_experiment(folder / "config.toml"))
+    return _done(kind, {"resume": str(folder.absolute())}, clients, folder, show)
+
+
+def checkpoint_after(folder: Path, reports: int) -> bool:
+    """Whether a checkpoint after so many lines of ``rounds.jsonl`` is there."""
+    return any(int(path.name) >= reports for path in (folder / "checkpoint").glob("[0-9]*"))
+
+
+def _done(kind: str, config: Mapping[str, str], clients: int, folder: Path, show: bool) -> str:
+    """The digest of a run in a new runtime, to its end."""
+    deployment = kind == "deployment"
+    if show:
+        print(f"== Flower: {kind} with {clients} {'SuperNodes' if deployment else 'simulated clients'}", flush=True)
+    with Runtime(clients if deployment else 0) as runtime:
+        status, details = runtime.run(config, 0 if deployment else clients, show=show)
+    if status != "finished:completed":
+        raise UserError(f"{status}: {details}")
+    return str(json.loads((folder / "summary.json").read_text())["digest"])
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("simulation", "deployment"))
-    parser.add_argument("experiment")
+    parser.add_argument("kind", choices=KINDS)
+    parser.add_argument("experiment", nargs="?", default="")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, help="the run folder; without it the run is not kept")
     parser.add_argument("--compare", action="store_true", help="run it on the local engine too")
+    parser.add_argument("--kill-after", type=int, default=0, metavar="N", help="checkpoints, one a round; 0 = never")
+    parser.add_argument("--resume", type=Path, metavar="RUN_DIR", help="go on with this run; nothing else is given")
     args = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="fedsparse-") as temporary:
         try:
@@ -243,27 +311,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, temporary: Path) -> int:
-    experiment = load_experiment(args.experiment, args.set)
+    if bool(args.resume) == bool(args.experiment):
+        raise UserError("give an experiment, or --resume with the folder of a run, one of both")
+    if args.resume:
+        if args.set or args.out or args.compare or args.kill_after:
+            raise UserError("--resume goes on with a run as it was begun: leave all other options out")
+        print(f"digest {go_on(args.kind, args.resume, show=True)}")
+        return 0
+    checkpoints = ["engine.checkpoint_every=1"] if args.kill_after else []
+    experiment = load_experiment(args.experiment, [*args.set, *checkpoints])
     local = ""
     if args.compare:
         print("== the local engine", flush=True)
         local = run(experiment, out=temporary / "local").summary["digest"]
         experiment = load_experiment(temporary / "local" / "config.toml")  # with what was measured
-    file, out, clients = (
-        temporary / "experiment.toml",
-        (args.out or temporary / "flower").absolute(),
-        clients_of(experiment),
-    )
-    file.write_text(experiment.to_toml())
-    deployment = args.kind == "deployment"
-    print(f"== Flower: {args.kind} with {clients} {'SuperNodes' if deployment else 'simulated clients'}", flush=True)
-    with Runtime(clients if deployment else 0) as runtime:
-        status, details = runtime.run(
-            {"experiment": str(file), "out": str(out)}, 0 if deployment else clients, show=True
-        )
-    if status != "finished:completed":
-        raise UserError(f"{status}: {details}")
-    digest = json.loads((out / "summary.json").read_text())["digest"]
+    out = (args.out or temporary / "flower").absolute()
+    digest = begin(args.kind, experiment, out, kill_after=args.kill_after, show=True)
+    if args.kill_after:
+        print("== Flower: all processes are killed; new ones go on", flush=True)
+        digest = go_on(args.kind, out, show=True)
     print(f"digest {digest}" + (f", run folder: {out}" if args.out else ""))
     if local:
         print("the local engine's is the same" if local == digest else f"the local engine's differs: {local}")

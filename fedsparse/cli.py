@@ -96,6 +96,7 @@ def run(
 @app.command()
 def resume(
     folder: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="The folder of a run that was interrupted.")],
+    engine: Annotated[str, typer.Option(help="Where clients run: local or ray; without it, where they ran.")] = "",
     workers: Annotated[int, typer.Option(help="Worker processes; 0 = as many as the run had.")] = 0,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print summary.json instead of the table.")] = False,
@@ -105,7 +106,7 @@ def resume(
     from fedsparse.runner import resume as go_on
 
     with _traces(debug):
-        done = _watched(lambda on_round: go_on(folder, workers=workers, on_round=on_round), quiet)
+        done = _watched(lambda on_round: go_on(folder, engine=engine, workers=workers, on_round=on_round), quiet)
     _print_result(done, quiet, as_json)
 
 

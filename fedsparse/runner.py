@@ -109,7 +109,7 @@ def run(
     """Run an experiment and write its run directory (``out``, or a new one under ``runs/``).
 
     on_round: called after each round with its line of ``rounds.jsonl``. on_flower: makes the grid of a run in Flower's
-    own runtime (``engine.kind = "flower"``), which has no checkpoints. Raises UserError (one line) for whatever the
+    own runtime (``engine.kind = "flower"``). Raises UserError (one line) for whatever the
     user can mend; a run that fails or is interrupted leaves no ``summary.json``.
     """
     start = time.perf_counter()
@@ -127,10 +127,18 @@ def _check_engine(experiment: Experiment, on_flower: OnFlower | None) -> None:
         raise UserError("engine 'flower' is what `flwr run` uses; choose another here, such as --engine local")
 
 
-def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None = None) -> Run:
+def resume(
+    directory: Path | str,
+    *,
+    engine: str = "",
+    workers: int = 0,
+    on_round: OnRound | None = None,
+    on_flower: OnFlower | None = None,
+) -> Run:
     """Go on with a run that was interrupted, from its newest checkpoint that is whole, to the same digest.
 
-    workers: other than the run had; 0 = the same. Raises UserError for a folder that holds no unfinished run.
+    engine, workers: other than the run had; "", 0 = the same. on_round, on_flower: as for :func:`run`. Raises UserError
+    for a folder that holds no unfinished run.
     """
     start, directory = time.perf_counter(), Path(directory)
     if not (directory / "config.toml").is_file():
@@ -139,14 +147,16 @@ def resume(directory: Path | str, *, workers: int = 0, on_round: OnRound | None 
         _tidy(directory)
         raise UserError(f"the run in {str(directory)!r} is complete")
     overrides = [f"engine.workers={workers}"] if workers else []
+    if engine:
+        overrides += [f"engine.kind={engine}", *(["engine.address="] if engine != "ray" else [])]
     experiment = load_experiment(directory / "config.toml", overrides)
-    _check_engine(experiment, None)
+    _check_engine(experiment, on_flower)
     job = _job(experiment)
     with _alone(directory), Events() as events:
         _warn_of_changes(directory / "config.toml", job.federation.task.device)
         with _errors_to(directory):
             found = Checkpoints(directory, _HISTORY).newest()
-        return _carried_out(job, directory, on_round, start, found, events)
+        return _carried_out(job, directory, on_round, start, found, events, on_flower)
 
 
 @contextmanager
@@ -231,14 +241,16 @@ def _carried_out(
         if not found:
             events("run_started", method=job.method.name, rounds=experiment.rounds, clients=len(federation.clients))
 
-        def after(report: dict[str, Any]) -> None:
-            record(report)
-            if engine.checkpoint_every and report["round"] % engine.checkpoint_every == 0:
-                wall, reports = time.perf_counter() - start, len(record.rounds)
-                checkpoints.write(strategy.state, store, reports=reports, done=report["round"], wall=wall)
-                events("checkpoint", round=report["round"], checkpoint=reports)
-
         with _grid(job, directory, store, on_flower) as grid:
+
+            def after(report: dict[str, Any]) -> None:
+                record(report)
+                if engine.checkpoint_every and report["round"] % engine.checkpoint_every == 0:
+                    grid.gather()
+                    wall, reports = time.perf_counter() - start, len(record.rounds)
+                    checkpoints.write(strategy.state, store, reports=reports, done=report["round"], wall=wall)
+                    events("checkpoint", round=report["round"], checkpoint=reports)
+
             devices = [client.device for client in federation.clients]
             strategy.start(
                 grid,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -11,10 +12,12 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsparse.engine.flower import FlowerGrid
+from fedsparse.errors import UserError
 from fedsparse.experiment import load_experiment
-from fedsparse.runner import run
+from fedsparse.runner import OnFlower, Run, resume, run
 
-_ENGINE = ("engine.kind=flower", "engine.workers=1", "engine.address=", "engine.checkpoint_every=0")
+_DEFAULT = "digits_pfedgate"
+_ENGINE = ("engine.kind=flower", "engine.workers=1", "engine.address=")
 _log = logging.getLogger("flwr")  # whose lines `flwr run --stream` shows
 
 server_app = ServerApp()
@@ -22,15 +25,27 @@ server_app = ServerApp()
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the experiment that the run config names."""
+    """Run the experiment that the run config names, or go on with the run in a folder."""
     _show_notes()
     config = context.run_config
-    experiment = load_experiment(str(config["experiment"]), [*shlex.split(str(config["set"])), *_ENGINE])
+    words = {name: str(config[name]) for name in ("experiment", "set", "out", "resume")}
+    done = _run(words, partial(FlowerGrid, grid, wait=float(config["wait"])))
+    _log.info("digest %s, run folder: %s", done.summary["digest"], done.directory)
+
+
+def _run(words: Mapping[str, str], on_flower: OnFlower) -> Run:
+    """What the words of the run config ask for."""
+    if folder := words["resume"]:
+        for name in ("experiment", "set", "out"):
+            if words[name]:
+                raise UserError(
+                    f"resume={folder!r} goes on with a run as it was begun: leave {name}={words[name]!r} out"
+                )
+        return resume(folder, engine="flower", on_round=_show, on_flower=on_flower)
+    experiment = load_experiment(words["experiment"] or _DEFAULT, [*shlex.split(words["set"]), *_ENGINE])
     for note in experiment.notes:
         _log.info("note: %s", note)
-    on_flower = partial(FlowerGrid, grid, wait=float(config["wait"]))
-    done = run(experiment, out=str(config["out"]) or None, on_round=_show, on_flower=on_flower)
-    _log.info("digest %s, run folder: %s", done.summary["digest"], done.directory)
+    return run(experiment, out=words["out"] or None, on_round=_show, on_flower=on_flower)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -421,7 +421,8 @@ def test_an_interrupted_run_is_resumed(cli: Cli, tmp_path: Path) -> None:
     said = child.communicate()[1]
     assert child.returncode == 130 and "goes on from the last checkpoint" in said
     assert cli("run", "--method", "fedavg", *settings, "--out", str(tmp_path / "whole"), "--quiet")[0] == 0
-    code, out, _ = cli("resume", str(tmp_path / "cut"), "--json")
+    _assert_one_line(cli("resume", str(tmp_path / "cut"), "--engine", "spark"), "engine.kind", "'spark'", "local, ray")
+    code, out, _ = cli("resume", str(tmp_path / "cut"), "--engine", "local", "--json")
     assert code == 0
     assert json.loads(out)["digest"] == json.loads((tmp_path / "whole" / "summary.json").read_text())["digest"]
     code, _, err = cli("resume", str(tmp_path / "cut"))

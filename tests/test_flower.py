@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import io
+import json
+import logging
+import pickle
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from flwr.app import Context, Message, RecordDict
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.cli.build import build_fab_from_disk  # `flwr build`, without its file
 from flwr.clientapp import ClientApp
 
-from experiments.flower_runtime import Runtime, main
+from experiments.flower_runtime import Runtime, begin, go_on, main
 from fedsparse.engine import flower
 from fedsparse.engine.flower import FlowerGrid, node_app
 from fedsparse.engine.local import LocalGrid
-from fedsparse.engine.store import MemoryStore
+from fedsparse.engine.store import MemoryStore, memory_bytes
 from fedsparse.errors import ClientError, UserError
-from fedsparse.experiment import from_dict
-from fedsparse.packet import Packet, decode, encode
-from fedsparse.runner import Run, app_of, run
+from fedsparse.experiment import from_dict, load_experiment
+from fedsparse.packet import Packet, decode, encode, same
+from fedsparse.runner import Run, app_of, resume, run
+from fedsparse.sources import must_agree
+from strategies.server_app import server_app
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("fedsparse", "strategies", "clients")
@@ -79,7 +86,7 @@ def simulation() -> Iterator[Runtime]:
     assert not descendants(runtime.folder) and not runtime.folder.exists()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["fedavg", "fedtiny"])
 def test_a_simulation_has_the_digest_of_the_local_engine(
     method: str, simulation: Runtime, local: Callable[[str], Run], tmp_path: Path
 ) -> None:
@@ -90,6 +97,18 @@ def test_a_simulation_has_the_digest_of_the_local_engine(
     assert status == "finished:completed", details
     assert content(tmp_path / "run") == content(local(method).directory)
     assert 'kind = "flower"' in (tmp_path / "run" / "config.toml").read_text()
+
+
+def test_a_simulation_that_was_killed_goes_on_to_it(local: Callable[[str], Run], tmp_path: Path) -> None:
+    """SIGKILL to the server, to all clients and to what ran them, after a checkpoint; also the local engine goes on."""
+    out, copy = tmp_path / "run", tmp_path / "copy"
+    experiment = load_experiment(local("pfedgate").directory / "config.toml", ["engine.checkpoint_every=1"])
+    begin("simulation", experiment, out, kill_after=1)
+    shutil.copytree(out, copy)
+    assert content(resume(copy, engine="local").directory) == content(local("pfedgate").directory)
+    go_on("simulation", out)
+    assert content(out) == content(local("pfedgate").directory)
+    assert not (out / "checkpoint").exists()
 
 
 def test_a_deployment_with_tls_has_it_too(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -196,6 +215,142 @@ def test_a_memory_that_does_not_come_as_it_was_asked_for(
     assert not (tmp_path / "run" / "summary.json").exists()
 
 
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+class InterruptedRunError(Exception):
+    """What interrupts a run in these tests."""
+
+
+def checkpointed(method: str, kind: str, *more: str) -> list[str]:
+    return [*settings(method), "rounds=3", "engine.checkpoint_every=1", f"engine.kind={kind}", *more]
+
+
+def cut(folder: Path, settings: list[str], grid: LocalGrid | None) -> None:
+    """A run that is interrupted in round 3; on Flower's nodes if there is a grid of them."""
+
+    def on_round(report: dict[str, Any]) -> None:
+        if report["round"] == 3:
+            raise InterruptedRunError
+
+    with pytest.raises(InterruptedRunError):
+        run(from_dict({}, settings), out=folder, on_round=on_round, on_flower=grid and partial(FlowerGrid, grid))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_goes_on_whatever_engine_began_it(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On new nodes, on nodes with later memories, and on the local engine: a run folder is like any other's."""
+    monkeypatch.setattr(flower, "_WINDOW", 30_000)  # bytes: a memory or two of pFedGate
+    whole = run(from_dict({}, checkpointed(method, "local")), out=tmp_path / "whole")
+    nodes = LocalGrid(node_app(app_of), CLIENTS)
+    cut(tmp_path / "flower", checkpointed(method, "flower"), nodes)
+    cut(tmp_path / "local", checkpointed(method, "local"), None)
+    for name in ("new", "old", "here"):
+        shutil.copytree(tmp_path / "flower", tmp_path / name)
+    new, old = (partial(FlowerGrid, grid) for grid in (LocalGrid(node_app(app_of), CLIENTS), nodes))
+    for done in (
+        resume(tmp_path / "new", on_flower=new),
+        resume(tmp_path / "old", on_flower=old),
+        resume(tmp_path / "here", engine="local", workers=2),
+        resume(tmp_path / "local", engine="flower", on_flower=new),
+    ):
+        assert done.summary["digest"] == whole.summary["digest"]
+        assert done.summary["bytes"] == whole.summary["bytes"]
+        assert content(done.directory) == content(whole.directory)
+    with pytest.raises(UserError, match="engine 'flower' is what `flwr run` uses; .*--engine local"):
+        resume(tmp_path / "flower")
+
+
+def test_only_memories_that_training_may_have_changed_are_fetched(tmp_path: Path) -> None:
+    """One of three clients trains in a round; all are evaluated."""
+    grid = Watched(node_app(app_of), CLIENTS)
+    made = from_dict({}, checkpointed("pfedgate", "flower", "rounds=4", "fraction=0.3", "evaluate.every=1"))
+    run(made, out=tmp_path / "run", on_flower=partial(FlowerGrid, grid))
+    assert [len(sizes) for sizes in grid.exchanges] == [1] * 4
+
+
+def hello() -> Packet:
+    return Packet("hello", scalars={"config": from_dict({}, SETTINGS).to_toml(), "same": json.dumps(must_agree())})
+
+
+def restored(context: Context, data: bytes) -> Packet:
+    """A node's answer to a memory."""
+    packet = Packet("restore", {"bytes": torch.tensor(list(data), dtype=torch.uint8)})
+    return decode(node_app(app_of)(Message(encode(packet), 1, "query"), context).content)
+
+
+GATE = Packet("memory", {"gate": torch.arange(3.0), "steps": torch.tensor([4])})
+CODE = ConfigRecord({"code": pickle.dumps(print)})
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "cannot be read"),
+        (pickle.dumps(GATE), "cannot be read"),
+        (memory_bytes(encode(GATE))[:-1], "SafetensorError"),
+        (memory_bytes(encode(replace(GATE, scalars={"more": 1}))), "it holds more than tensors"),
+        (memory_bytes(encode(GATE, run="[]")), "it holds more than tensors"),
+        (
+            memory_bytes(RecordDict({**encode(GATE), "fedsparse.experiment": CODE})),
+            "'fedsparse.experiment' is not want",
+        ),
+        (memory_bytes(RecordDict({"arrays": ArrayRecord([]), "config": CODE})), "not a fedsparse packet"),
+    ],
+)
+def test_a_node_takes_nothing_but_tensors_for_its_memory(data: bytes, said: str) -> None:
+    context = Context(1, 1, {"partition-id": 0}, RecordDict(), {})
+    assert "was never greeted" in str(restored(context, memory_bytes(encode(GATE))).scalars["message"])
+    assert decode(node_app(app_of)(Message(encode(hello()), 1, "query"), context).content).kind == "hello"
+    greeted = dict(context.state)
+    assert restored(context, memory_bytes(encode(GATE))).kind == "restore"
+    assert same(decode(RecordDict({name: context.state[name] for name in context.state if name not in greeted})), GATE)
+    held = dict(context.state)
+    answer = restored(context, data)
+    assert answer.kind == "error" and said in str(answer.scalars["message"])
+    assert dict(context.state) == held
+    decode(node_app(app_of)(Message(encode(hello()), 1, "query"), context).content)
+    assert dict(context.state) == greeted  # a run that begins knows of none
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """The ServerApp over nodes in this process, with a run config."""
+    for name in ("handlers", "propagate", "level"):  # it sends the library's lines to Flower's log
+        monkeypatch.setattr(logging.getLogger("fedsparse"), name, getattr(logging.getLogger("fedsparse"), name))
+
+    def serve(**words: str) -> None:
+        config = {"experiment": "", "set": "", "out": "", "resume": "", "wait": 0, **words}
+        server_app(LocalGrid(node_app(app_of), CLIENTS), Context(1, 0, {}, RecordDict(), config))
+
+    return serve
+
+
+def test_the_run_config_names_the_folder_alone(
+    served: Callable[..., None], local: Callable[[str], Run], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    cut(folder, checkpointed("pfedgate", "local", "engine.workers=2"), None)
+    for name in ("experiment", "set", "out"):
+        with pytest.raises(UserError, match=f"resume=.* goes on with a run as it was begun: leave {name}='x' out"):
+            served(resume=str(folder), **{name: "x"})
+    with pytest.raises(UserError, match="is no run folder: it has no config.toml"):
+        served(resume=str(tmp_path / "none"))
+    served(resume=str(folder))
+    assert json.loads((folder / "summary.json").read_text())["engine"] == "flower"
+    with pytest.raises(UserError, match="is complete"):
+        served(resume=str(folder))
+    served(experiment=str(local("pfedgate").directory / "config.toml"), set="name=other", out=str(tmp_path / "other"))
+    assert content(tmp_path / "other") == content(local("pfedgate").directory)
+    shutil.copytree(local("pfedgate").directory, tmp_path / "early")
+    (tmp_path / "early" / "summary.json").unlink()
+    with pytest.raises(UserError, match="has no checkpoint to go on from; start the run anew"):
+        served(resume=str(tmp_path / "early"))
+
+
+# --- who takes part --------------------------------------------------------------------------------------------------
+
+
 def met(grid: LocalGrid, clients: int = CLIENTS, wait: float = 0.0) -> FlowerGrid:
     return FlowerGrid(grid, from_dict({}, SETTINGS).to_toml(), clients, MemoryStore(), wait=wait)
 
@@ -250,3 +405,18 @@ def test_our_own_command_refuses_the_engine(tmp_path: Path) -> None:
 def test_a_run_that_fails_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["simulation", str(tmp_path / "none.toml")]) == 2
     assert "none.toml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "give an experiment, or --resume"),
+        (["digits_pfedgate", "--resume", "x"], "give an experiment, or --resume"),
+        (["--resume", "x", "--compare"], "leave all other options out"),
+        (["--resume", "x"], "'x' is no run folder"),
+        (["digits_pfedgate", "--out", ".", "--kill-after", "1"], "exists; name another"),
+    ],
+)
+def test_what_cannot_be_meant_is_exit_code_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulation", *words]) == 2
+    assert said in capsys.readouterr().err

@@ -1,8 +1,9 @@
 """Flower's own runtime, simulation or deployment: its Grid as the runner needs it, and the ClientApp of its nodes.
 
 Before anything else every node is greeted: it learns the resolved experiment, compares its source code and the
-variables that change bits with the server's, and says which client it is. A client's memory stays in the ``state`` of
-its node's Context, and is fetched in pieces when the run is over.
+variables that change bits with the server's, and says which client it is. A client's memory lives in the ``state`` of
+its node's Context. Those that training may have changed are fetched in pieces for each checkpoint and at the end, and
+sent back when a run goes on: nothing that a node or a SuperLink held before is needed then.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
@@ -25,12 +27,12 @@ from torch import Tensor
 from fedsparse.client import error_packet
 from fedsparse.engine.grid import GridAround
 from fedsparse.engine.store import MemoryStore, memory_bytes, memory_records
-from fedsparse.errors import ClientError, UserError
-from fedsparse.packet import Packet, decode, encode
+from fedsparse.errors import ClientError, UserError, named
+from fedsparse.packet import Packet, decode, encode, run_words
 from fedsparse.sources import must_agree
 
 Make = Callable[[str], ClientApp]  # the text of a resolved experiment -> its clients
-_HELLO, _MEMORY = "hello", "memory"  # kinds of query packets
+_HELLO, _MEMORY, _RESTORE = "hello", "memory", "restore"  # kinds of query packets
 _EXPERIMENT = "fedsparse.experiment"  # the record of a node's state that holds what it was greeted with
 _PIECE, _WINDOW = 4 << 20, 64 << 20  # bytes of a memory in one message, and of all messages under way
 _NOBODY = -1  # the id of a node that has none
@@ -42,8 +44,9 @@ _log = logging.getLogger("fedsparse")
 class FlowerGrid(GridAround):
     """The grid of a ServerApp whose nodes were greeted. config: the resolved experiment (TOML) that they run.
 
-    clients: how many the experiment has; nodes with other partition ids stay idle. store: takes the memories. wait:
-    seconds until all nodes must have come. Raises UserError when they are not, ClientError for a node that refuses.
+    clients: how many the experiment has; nodes with other partition ids stay idle. store: takes the memories; those
+    that it has, of a run that goes on, are sent to their clients. wait: seconds until all nodes must have come. Raises
+    UserError when they are not, ClientError for a node that refuses.
     """
 
     def __init__(self, grid: Grid, config: str, clients: int, store: MemoryStore, *, wait: float = 60.0) -> None:
@@ -51,16 +54,28 @@ class FlowerGrid(GridAround):
         super().__init__(grid)
         self._store = store
         self.partitions = self._greeted(config, clients, wait)  # id -> node id
+        self._trained: set[int] = set()  # the nodes whose memories may be newer than the store's
+        self._restore()
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of the experiment's clients."""
         return list(self.partitions.values())
 
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; returns their ids."""
+        return super().push_messages(self._noted(messages))
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """Send messages and wait for their replies, in any order."""
+        return super().send_and_receive(self._noted(messages), timeout=timeout)
+
     # --- ours --------------------------------------------------------------------------------------------------------
 
     def gather(self) -> None:
-        """Fetch every client's memory into the store."""
-        clients = sorted(self.partitions)
+        """Fetch the memories that training may have changed since the last call into the store."""
+        clients = sorted(i for i, node in self.partitions.items() if node in self._trained)
+        if not clients:
+            return
         first = max(1, min(_PIECE, _WINDOW // len(clients)))  # a small memory comes whole at the first time
         found, sizes = dict[int, bytes](), dict[int, int]()
         for i, piece, sizes[i] in self._pieces([(i, 0, first) for i in clients]):
@@ -71,6 +86,7 @@ class FlowerGrid(GridAround):
                     if size != sizes[i]:
                         raise ClientError(f"client {i}: its memory of {sizes[i]} bytes has become one of {size}")
                     self._take(i, found.pop(i) + piece, size, found)
+        self._trained.clear()
 
     def __enter__(self) -> FlowerGrid:
         return self
@@ -84,9 +100,27 @@ class FlowerGrid(GridAround):
             found[client] = data
         elif data:
             try:
-                self._store.put(client, memory_records(data))
-            except (SafetensorError, KeyError, ValueError) as error:
-                raise ClientError(f"client {client} sent a memory that cannot be read: {error}") from error
+                self._store.put(client, _memory(data))
+            except UserError as error:
+                raise ClientError(f"client {client} sent {error}") from error
+
+    def _restore(self) -> None:
+        """Send each client the memory that the store has of it, so many bytes at a time."""
+        for group in _groups({i: kept.size for i, kept in self._store.flush().items()}):
+            asked = {
+                self.partitions[i]: Packet(_RESTORE, {"bytes": _tensor(memory_bytes(self._store[i]))}) for i in group
+            }
+            answers = self._answers(asked, timeout=None)
+            for i in group:
+                answer = answers.get(self.partitions[i], Packet("error", scalars={"message": "no answer"}))
+                if answer.kind != _RESTORE:
+                    raise ClientError(f"client {i} did not take its memory back: {_reason(answer)}", _trace(answer))
+
+    def _noted(self, messages: Iterable[Message]) -> list[Message]:
+        """The messages; who is told to train may change its memory, others do not."""
+        noted = list(messages)
+        self._trained |= {m.metadata.dst_node_id for m in noted if m.metadata.message_type == MessageType.TRAIN}
+        return noted
 
     def _pieces(self, wanted: list[tuple[int, int, int]]) -> Iterator[tuple[int, bytes, int]]:
         """(client, bytes, size of the whole) for each (client, first byte, largest number of bytes) in that order."""
@@ -155,6 +189,22 @@ def _bytes(tensor: Tensor | None) -> bytes:
     return b"" if tensor is None else tensor.numpy().tobytes()
 
 
+def _tensor(data: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+
+
+def _memory(data: bytes) -> RecordDict:
+    """The records of a memory that came over the wire. Raises UserError for all but tensors under names."""
+    try:
+        records = memory_records(data)
+        packet = decode(records, alone=True)
+    except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"a memory that cannot be read: {named(error)}") from error
+    if packet.scalars or run_words(records):
+        raise UserError("a memory that cannot be read: it holds more than tensors")
+    return records
+
+
 def _reason(answer: Packet) -> str:
     return str(answer.scalars.get("message", f"an answer of kind {answer.kind!r}"))
 
@@ -220,12 +270,17 @@ def _asked(packet: Packet, context: Context) -> Packet:
         if "partition-id" not in context.node_config:
             raise UserError('a SuperNode needs --node-config "partition-id=N", N from 0')
         words = {name: str(packet.scalars[name]) for name in ("config", "same")}
+        context.state.clear()  # a run begins with what the server knows
         context.state[_EXPERIMENT] = ConfigRecord(dict(words))
         _agreed(context.state)
         return Packet(_HELLO, scalars={"id": int(context.node_config["partition-id"])})
     if packet.kind == _MEMORY:
         _agreed(context.state)
         return _piece(context.state, **{name: int(packet.scalars[name]) for name in ("start", "length")})
+    if packet.kind == _RESTORE:
+        _agreed(context.state)
+        context.state.update(_memory(_bytes(packet.tensors.get("bytes"))))
+        return Packet(_RESTORE)
     raise UserError(f"a query of kind {packet.kind!r} is not known")
 
 
@@ -233,14 +288,13 @@ def _piece(state: RecordDict, start: int, length: int) -> Packet:
     """So many bytes of the memory's file; of none at all if there is no memory."""
     records = RecordDict({name: record for name, record in state.items() if name != _EXPERIMENT})
     data = memory_bytes(records) if records else b""
-    piece = torch.tensor(list(data[start : start + length]), dtype=torch.uint8)
-    return Packet(_MEMORY, {"bytes": piece}, {"size": len(data)})
+    return Packet(_MEMORY, {"bytes": _tensor(data[start : start + length])}, {"size": len(data)})
 
 
 def _agreed(state: RecordDict) -> str:
     """The experiment of a node that was greeted. Raises UserError if it was not, or differs from the server."""
     if _EXPERIMENT not in state:
-        raise UserError("this node has lost its state, or was never greeted: start the run again")
+        raise UserError("this node has lost its state, or was never greeted: start the run again, or resume it")
     words: Any = state[_EXPERIMENT]
     server, here = json.loads(str(words["same"])), must_agree()
     different = [name for name in here if server.get(name) != here[name]]
