@@ -54,13 +54,14 @@ from fedsparse.strategy import FederatedStrategy, Plan, State
 from fedsparse.task import Client, Score, Split, Task
 
 OnRound = Callable[[dict[str, Any]], None]
-OnFlower = Callable[[str, int, MemoryStore], FlowerGrid]  # config.toml, number of clients, store -> the grid
+OnFlower = Callable[[str, int, MemoryStore, int], FlowerGrid]  # config.toml, clients, store, bytes a memory -> the grid
 _ROWS = "clients.jsonl"  # the clients' rows while the run goes on; then they are ``clients.parquet``
 _HISTORY = ("rounds.jsonl", _ROWS)
 _LOCK = ".lock"  # who writes into a run folder holds it
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _DISK_ERRORS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EIO)
 _PACKAGES = ("fedsparse", "torch", "numpy", "numba", "flwr")
+_MEMORY_BYTES, _MEMORY_MODELS = 64 << 20, 16  # a memory from elsewhere: so many bytes and dense models at most
 _BIG = 2**31 - 1  # a whole number that takes as many bytes as any count of examples
 _FACTS = ("weight", "samples", "local.n", "local.correct")  # what every reply carries, in whole numbers ...
 _TIMES = ("loss", "train_seconds", "local.loss", "local_seconds")  # ... and in others
@@ -273,7 +274,8 @@ def _grid(job: _Job, directory: Path, store: MemoryStore, on_flower: OnFlower | 
     """The engine, ready to run."""
     engine, clients = job.experiment.engine, job.federation.clients
     if on_flower:
-        return on_flower((directory / "config.toml").read_text(encoding="utf-8"), len(clients), store)
+        most = _MEMORY_BYTES + _MEMORY_MODELS * sum(t.nbytes for t in job.federation.task.init_params().values())
+        return on_flower((directory / "config.toml").read_text(encoding="utf-8"), len(clients), store, most)
     if engine.kind == "local":
         app = client_app(job.federation.task, clients.__getitem__)
         return LocalGrid(app, len(clients), workers=engine.workers, own_replies=False, store=store)

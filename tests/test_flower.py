@@ -202,7 +202,9 @@ def other(change: Callable[[Packet], Packet]) -> ClientApp:
         (lambda p: replace(p, tensors={"bytes": p.tensors["bytes"] // 2}), "client 0 sent a memory that cannot be rea"),
         (lambda p: replace(p, tensors={"bytes": p.tensors["bytes"][1:]}), "client 0 sent 13691 bytes of its memory of"),
         (lambda p: replace(p, tensors={}), "client 0 sent 0 bytes of its memory of 13692, from 0 on"),
-        (lambda p: replace(p, scalars={"size": -1}), "client 0 sent 13692 bytes of its memory of -1"),
+        (lambda p: replace(p, scalars={"size": -1}), "client 0: its memory has -1 bytes, where 0 to"),
+        (lambda p: replace(p, scalars={"size": 1 << 40}), "client 0: its memory has 1099511627776 bytes, where 0 to"),
+        (lambda p: replace(p, scalars={"size": "all"}), "client 0: its memory has 'all' bytes, where 0 to"),
         (lambda p: Packet("error", scalars={"message": "no"}), "client 0, memory: no"),
     ],
 )
@@ -352,7 +354,7 @@ def test_the_run_config_names_the_folder_alone(
 
 
 def met(grid: LocalGrid, clients: int = CLIENTS, wait: float = 0.0) -> FlowerGrid:
-    return FlowerGrid(grid, from_dict({}, SETTINGS).to_toml(), clients, MemoryStore(), wait=wait)
+    return FlowerGrid(grid, from_dict({}, SETTINGS).to_toml(), clients, MemoryStore(), 1 << 20, wait=wait)
 
 
 def test_more_nodes_than_clients_stay_idle_and_fewer_are_refused() -> None:
@@ -387,6 +389,8 @@ def test_node_ids_say_nothing_and_partition_ids_must_be_there_once() -> None:
         met(LocalGrid(of_partitions([0, 1, 1]), CLIENTS))
     with pytest.raises(ClientError, match="node 2 cannot take part: a SuperNode needs --node-config"):
         met(LocalGrid(of_partitions([0, None, 1]), CLIENTS))
+    with pytest.raises(ClientError, match="node 2: its partition-id is -3, a number from 0 is wanted"):
+        met(LocalGrid(of_partitions([0, -3, 1]), CLIENTS))
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate"])

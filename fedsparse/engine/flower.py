@@ -27,8 +27,9 @@ from torch import Tensor
 from fedsparse.client import error_packet
 from fedsparse.engine.grid import GridAround
 from fedsparse.engine.store import MemoryStore, memory_bytes, memory_records
-from fedsparse.errors import ClientError, UserError, named
+from fedsparse.errors import ClientError, UserError, named, shown
 from fedsparse.packet import Packet, decode, encode, run_words
+from fedsparse.replies import is_count
 from fedsparse.sources import must_agree
 
 Make = Callable[[str], ClientApp]  # the text of a resolved experiment -> its clients
@@ -45,14 +46,17 @@ class FlowerGrid(GridAround):
     """The grid of a ServerApp whose nodes were greeted. config: the resolved experiment (TOML) that they run.
 
     clients: how many the experiment has; nodes with other partition ids stay idle. store: takes the memories; those
-    that it has, of a run that goes on, are sent to their clients. wait: seconds until all nodes must have come. Raises
-    UserError when they are not, ClientError for a node that refuses.
+    that it has, of a run that goes on, are sent to their clients. most: bytes of a client's memory, at most. wait:
+    seconds until all nodes must have come. Raises UserError when they are not, ClientError for a node that refuses.
     """
 
-    def __init__(self, grid: Grid, config: str, clients: int, store: MemoryStore, *, wait: float = 60.0) -> None:
+    def __init__(
+        self, grid: Grid, config: str, clients: int, store: MemoryStore, most: int, *, wait: float = 60.0
+    ) -> None:
         torch.set_num_threads(1)  # as in every engine
         super().__init__(grid)
         self._store = store
+        self._most = most
         self.partitions = self._greeted(config, clients, wait)  # id -> node id
         self._trained: set[int] = set()  # the nodes whose memories may be newer than the store's
         self._restore()
@@ -135,7 +139,9 @@ class FlowerGrid(GridAround):
                 raise ClientError(f"client {i} did not send its memory")
             if answer.kind != _MEMORY:
                 raise ClientError(f"client {i}, memory: {_reason(answer)}", _trace(answer))
-            piece, size = _bytes(answer.tensors.get("bytes")), int(answer.scalars.get("size", 0))
+            piece, size = _bytes(answer.tensors.get("bytes")), answer.scalars.get("size")
+            if not is_count(size, 0, self._most):
+                raise ClientError(f"client {i}: its memory has {shown(size)} bytes, where 0 to {self._most} are taken")
             if len(piece) != min(length, size - start):
                 raise ClientError(f"client {i} sent {len(piece)} bytes of its memory of {size}, from {start} on")
             yield i, piece, size
@@ -157,10 +163,13 @@ class FlowerGrid(GridAround):
         while True:
             fresh = dict.fromkeys(sorted(set(self._grid.get_node_ids()) - set(met.values())), hello)
             for node, answer in self._answers(fresh, timeout=_ANSWER).items():
-                client = int(answer.scalars.get("id", _NOBODY))
+                said = answer.scalars.get("id")
+                client = said if is_count(said, 0) else _NOBODY
                 if answer.kind != _HELLO:
                     name = f"node {node}" if client == _NOBODY else f"client {client}"
                     raise ClientError(f"{name} cannot take part: {_reason(answer)}", _trace(answer))
+                if client == _NOBODY:
+                    raise ClientError(f"node {node}: its partition-id is {shown(said)}, a number from 0 is wanted")
                 if client in met:
                     raise UserError(f"two nodes say that they are client {client}: give each its own partition-id")
                 met[client] = node
