@@ -110,8 +110,8 @@ def run(
     """Run an experiment and write its run directory (``out``, or a new one under ``runs/``).
 
     on_round: called after each round with its line of ``rounds.jsonl``. on_flower: makes the grid of a run in Flower's
-    own runtime (``engine.kind = "flower"``). Raises UserError (one line) for whatever the
-    user can mend; a run that fails or is interrupted leaves no ``summary.json``.
+    own runtime (``engine.kind = "flower"``). Raises UserError (one line) for whatever the user can mend; a run that
+    fails or is interrupted leaves no ``summary.json``.
     """
     start = time.perf_counter()
     _check_engine(experiment, on_flower)
@@ -237,9 +237,9 @@ def _carried_out(
             store.restore(found.memories)
             record.read()
             events("run_resumed", round=found.done, rounds=experiment.rounds, checkpoint=found.reports)
-        elif engine.checkpoint_every:
-            unpacked(*packed(state))  # a state that cannot be kept is refused before the first round
-        if not found:
+        else:
+            if engine.checkpoint_every:
+                unpacked(*packed(state))  # a state that cannot be kept is refused before the first round
             events("run_started", method=job.method.name, rounds=experiment.rounds, clients=len(federation.clients))
 
         with _grid(job, directory, store, on_flower) as grid:

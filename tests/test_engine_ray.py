@@ -160,9 +160,8 @@ def test_stock_apps_run_on_it_and_errors_are_replies() -> None:
 @given(st.lists(st.integers(1, 50), max_size=60), st.lists(st.integers(1, 8), min_size=1, max_size=6))
 def test_lists_hold_every_client_once_in_order_and_about_their_share(sizes: list[int], shares: list[int]) -> None:
     parts = _parts(list(enumerate(sizes)), sizes, shares)
-    assert (
-        [job for part in parts for job in part] == list(enumerate(sizes)) and all(parts) and len(parts) <= len(shares)
-    )
+    assert [job for part in parts for job in part] == list(enumerate(sizes))
+    assert all(parts) and len(parts) <= len(shares)
     for count in range(1, len(parts) + 1):  # the ends lie where they should, to within a client
         end = sum(size for part in parts[:count] for _, size in part)
         assert any(abs(end - sum(sizes) * sum(shares[:k]) / sum(shares)) <= max(sizes) for k in range(len(shares) + 1))
@@ -174,6 +173,29 @@ def broken() -> ClientApp:
 
 def test_an_app_that_cannot_be_made_is_one_line() -> None:
     with RayGrid(broken, 2, workers=1) as grid, pytest.raises(UserError, match="no data here"):
+        list(grid.send_and_receive([grid.create_message(RecordDict(), "train", 1, "1")]))
+
+
+def _torn() -> None:
+    raise LookupError("torn")
+
+
+class Torn:
+    """What no worker can unpickle."""
+
+    def __call__(self) -> ClientApp:
+        return app()
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _torn, ()
+
+
+def test_workers_that_cannot_be_made_stop_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsparse.engine.ray._TRIES", 0)
+    with (
+        RayGrid(Torn(), 2, workers=1) as grid,
+        pytest.raises(UserError, match=r"while they start: .*Error: .*torn"),
+    ):
         list(grid.send_and_receive([grid.create_message(RecordDict(), "train", 1, "1")]))
 
 

@@ -77,13 +77,8 @@ def test_a_round_has_one_short_line_whatever_the_number_of_clients(tmp_path: Pat
 
 def test_an_interrupted_run_goes_on_in_the_same_file(tmp_path: Path) -> None:
     whole = run(experiment(), out=tmp_path / "whole")
-
-    def interrupt(report: dict[str, Any]) -> None:
-        if report["round"] == 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
-        run(experiment(), out=tmp_path / "cut", on_round=interrupt)
+        run(experiment(), out=tmp_path / "cut", on_round=_interrupt_after(3))
     before = (tmp_path / "cut" / EVENTS).read_bytes()
     with (tmp_path / "cut" / EVENTS).open("ab") as file:
         file.write(b'{"seconds": 9.1, "utc": "2')  # as a crash in the middle of a line would leave it

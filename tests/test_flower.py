@@ -31,6 +31,7 @@ from fedsparse.packet import Packet, decode, encode, same
 from fedsparse.runner import Run, app_of, resume, run
 from fedsparse.sources import must_agree
 from strategies.server_app import server_app
+from tests.test_resume import InterruptedRunError
 
 PROJECT = Path(__file__).parents[1]
 PACKAGES = ("fedsparse", "strategies", "clients")
@@ -218,10 +219,6 @@ def test_a_memory_that_does_not_come_as_it_was_asked_for(
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------
-
-
-class InterruptedRunError(Exception):
-    """What interrupts a run in these tests."""
 
 
 def checkpointed(method: str, kind: str, *more: str) -> list[str]:

@@ -166,13 +166,16 @@ class RayGrid(OwnGrid):
         """
         largest = self._largest or max((wire_bytes(m.content) for _, m in jobs[:1]), default=1)  # at first a download
         most = min(_WINDOW_JOBS * self.workers, max(1, _WINDOW_BYTES // max(1, largest)))
-        windows = []
+        windows, shares = [], [share for share in _SHARES for _ in range(self.workers)]
         for start in range(0, len(jobs), max(self.workers, most)):
             window = jobs[start : start + max(self.workers, most)]
-            order = sorted(window, key=lambda job: (-self._sizes.get(job[0], 0.0), job[0]))
-            shares = [share for share in _SHARES for _ in range(self.workers)]
-            windows.append([_List(part) for part in _parts(order, [self._sizes.get(i, 1.0) for i, _ in order], shares)])
+            order = sorted(window, key=lambda job: (-self._size(job[0]), job[0]))
+            parts = _parts(order, [self._size(i) for i, _ in order], shares)
+            windows.append([_List(part) for part in parts])
         return windows
+
+    def _size(self, partition: int) -> float:
+        return self._sizes.get(partition, 1.0)
 
     def _step(self, waiting: deque[_List], contents: Mapping[int, Any], done: _Done) -> None:
         """Hand out what there is to do, and wait for one answer or one worker that starts."""
