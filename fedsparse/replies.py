@@ -116,7 +116,7 @@ def not_finite(tensors: Mapping[str, Tensor]) -> str:
     floats = {name: t for name, t in tensors.items() if t.is_floating_point()}
     # a norm is not finite if any element is not; finite tensors whose norm overflows are looked at closely. PyTorch has
     # a fast way for the 2-norm alone.
-    if floats and not math.isfinite(sum(torch._foreach_norm(list(floats.values())))):
+    if floats and not all(math.isfinite(norm) for norm in torch._foreach_norm(list(floats.values()))):
         for name, tensor in floats.items():
             if not bool(torch.isfinite(tensor).all()):
                 return f"tensor {shown(name)} is not finite (NaN or infinite)"

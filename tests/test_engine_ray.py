@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+import torch
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from hypothesis import given
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from fedsparse.client import client_app
 from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
-from fedsparse.engine.ray import RayGrid, _parts
+from fedsparse.engine.ray import RayGrid, _is_near, _parts
+from fedsparse.engine.shared import attached
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.experiment import from_dict
@@ -90,6 +92,33 @@ def test_another_number_of_workers_another_order_and_little_memory(local: Callab
         assert end_of("pfedgate", grid) == local("pfedgate")
 
 
+def test_workers_on_other_machines_answer_through_the_object_store(
+    monkeypatch: pytest.MonkeyPatch, local: Callable[[str], str]
+) -> None:
+    seen: list[bool] = []
+
+    def elsewhere(path: str, token: bytes) -> bool:
+        seen.append(_is_near(path, token))
+        return False
+
+    monkeypatch.setattr("fedsparse.engine.ray._is_near", elsewhere)
+    with RayGrid(app, CLIENTS, workers=2, own_replies=False) as grid:
+        assert end_of("pfedgate", grid) == local("pfedgate")
+        assert not any(hand.maps for hand in grid._hands)
+    assert seen == [True, True]  # these are on this one
+
+
+def test_an_exchange_that_is_left_in_the_middle(shared: RayGrid, local: Callable[[str], str]) -> None:
+    shared._states = MemoryStore()
+    packets = [encode(Packet("query", {"x": torch.full((1000,), float(k))})) for k in range(2)]
+    sent = [shared.create_message(packets[i % 2], "query", i + 1, "0") for i in range(CLIENTS)]
+    for _ in range(5):
+        next(iter(shared.send_and_receive(sent)))
+        before = [len(hand.maps) for hand in shared._hands]
+    assert [len(hand.maps) for hand in shared._hands] == before  # their memory is used again
+    assert end_of("pfedgate", shared) == local("pfedgate")
+
+
 # --- what dies -------------------------------------------------------------------------------------------------------
 
 
@@ -117,6 +146,22 @@ def test_a_worker_that_dies_is_replaced(tmp_path: Path, local: Callable[[str], s
     with RayGrid(partial(dying, tmp_path, 2), CLIENTS, workers=2, own_replies=False) as grid:
         assert end_of("pfedgate", grid) == local("pfedgate")
         assert grid.lost == len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_worker_that_dies_before_its_answers_are_read(
+    monkeypatch: pytest.MonkeyPatch, local: Callable[[str], str]
+) -> None:
+    """Its memory goes with it."""
+    tries: list[str] = []
+
+    def gone_once(path: str) -> memoryview:
+        tries.append(path)
+        return attached("/proc/0/fd/0" if len(tries) == 2 else path)  # the first is the worker's offer
+
+    monkeypatch.setattr("fedsparse.engine.ray.attached", gone_once)
+    with RayGrid(app, CLIENTS, workers=1, own_replies=False) as grid:
+        assert end_of("pfedgate", grid) == local("pfedgate")
+        assert grid.lost == 1
 
 
 def test_a_client_that_kills_every_worker_is_named(tmp_path: Path) -> None:
@@ -238,7 +283,7 @@ def test_other_deaths(monkeypatch: pytest.MonkeyPatch, local: Callable[[str], st
 
     def get(ref: Any, **kwargs: Any) -> Any:
         found = plain(ref, **kwargs)
-        if isinstance(found, tuple) and len(found) == 3:
+        if isinstance(found, tuple) and isinstance(found[0], float):  # seconds, answers, and where they lie
             answers.append(1)
             if len(answers) % 2 and left:  # the same list comes through at its second try
                 raise getattr(ray.exceptions, left.pop())("killed")

@@ -7,7 +7,7 @@ import time
 import traceback
 import uuid
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -221,7 +221,7 @@ class Runner:
             return (None, kept, (reply.error.code, reply.error.reason or "")), seconds
         return (reply.content, kept, None), seconds
 
-    def there(self, job: Job, contents: list[RecordDict], down: Space, up: Space) -> Answer:
+    def there(self, job: Job, contents: Mapping[int, RecordDict] | list[RecordDict], down: Space, up: Space) -> Answer:
         """The answer to a job in another process: the memory is read from ``down``, what comes back goes to ``up``."""
         i, message_type, group, which, state_layout = job
         state = RecordDict() if state_layout is None else pick(state_layout, down, copy=True)

@@ -29,7 +29,7 @@ from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.events import leave, tell
 
-_CHUNKS_PER_WORKER = 4  # enough to even out unequal clients, few enough to cost nothing
+_CHUNKS_PER_WORKER = 8  # enough to even out unequal clients, few enough to cost nothing
 _CHUNK_BYTES = 16 << 20  # of what comes back; a list of jobs has no more, or one job
 _FIRST_CHUNK = 16  # jobs in a list before anything has come back
 _AHEAD = 2  # chunks a worker has at hand, so that it never waits for the next

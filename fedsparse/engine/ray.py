@@ -1,7 +1,8 @@
 """The Ray engine: the same grid over long-lived Ray actors, on this machine or on a cluster.
 
 A worker gets a list of jobs and gives a list of answers, in one call; each distinct download is put into the object
-store once. The driver owns all client memories: a worker or a node that is lost loses nothing, its lists go to others.
+store once. Workers on the driver's machine write answers into memory that the driver maps, others into the object
+store. The driver owns all client memories: a worker or a node that is lost loses nothing, its lists go to others.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,7 +23,7 @@ from flwr.app import Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsparse.engine.grid import Answer, Job, OwnGrid, Picked, Runner, identify, picked
-from fedsparse.engine.shared import Buffer, Layout, lay, pick
+from fedsparse.engine.shared import Arena, Buffer, Layout, attached, lay, pick
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.events import tell
@@ -50,20 +52,49 @@ class _List:
 
 @dataclass
 class _Hand:
-    """A worker: its actor, the lists that it has, and whether it has said that it is there."""
+    """A worker: its actor, whether it has said that it is there, and the lists that it has, each with its slot.
+
+    near: it runs on this machine, and answers in slots: numbered memory that both map. maps: those seen so far.
+    has: the downloads of the list that it was given last; it keeps these.
+    """
 
     actor: Any
     starting: Any
-    at: dict[Any, _List] = field(default_factory=dict)
+    at: dict[Any, tuple[_List, int | None]] = field(default_factory=dict)
+    near: bool = False
+    maps: list[memoryview] = field(default_factory=list)
+    free: list[int] = field(default_factory=list)
+    has: set[int] = field(default_factory=set)
+
+    def forget(self) -> None:
+        """What it has at hand is not wanted. It works in order: no later list is written before that one is done."""
+        self.at.clear()
+        self.has.clear()
+        self.free = list(range(len(self.maps)))
+
+    def slot(self) -> int | None:
+        """A slot that nobody reads."""
+        if not self.near:
+            return None
+        if not self.free:
+            self.free.append(len(self.maps))
+            self.maps.append(memoryview(b""))
+        return self.free.pop()
+
+    def read(self, slot: int, path: str, size: int) -> memoryview:
+        """The bytes in a slot. Raises OSError if the worker is gone."""
+        if len(self.maps[slot]) < size:
+            self.maps[slot] = attached(path)
+        return self.maps[slot][:size]
 
 
 @dataclass
 class _Answers:
-    """What a list of jobs gave: memory, the buffer in it, and how many answers were not taken yet."""
+    """What a list of jobs gave: the bytes, how many answers were not taken yet, and what to do when none is left."""
 
-    space: bytearray
     buffer: Buffer
     left: int
+    release: Callable[[], None]
 
 
 _Done = dict[int, tuple[Answer, _Answers]]  # by partition
@@ -130,7 +161,7 @@ class RayGrid(OwnGrid):
 
     def _answers(self, jobs: list[tuple[int, Message]]) -> Iterator[Picked]:
         for hand in self._hands:  # of an exchange whose caller stopped reading: what still comes is not wanted
-            hand.at.clear()
+            hand.forget()
         self.busy_seconds = 0.0
         contents = self._contents(jobs)
         windows = self._windows(jobs)
@@ -149,7 +180,7 @@ class RayGrid(OwnGrid):
                 yield picked(answer, answers.buffer, self._own)
                 answers.left -= 1
                 if not answers.left:  # views were valid until now
-                    self._free.append(answers.space)
+                    answers.release()
 
     def _contents(self, jobs: list[tuple[int, Message]]) -> dict[int, Any]:
         """A reference to each distinct download, by the identity of its records, which the jobs keep alive."""
@@ -199,13 +230,14 @@ class RayGrid(OwnGrid):
 
     def _give(self, hand: _Hand, todo: _List, contents: Mapping[int, Any]) -> None:
         space, jobs = Buffer(), list[Job]()
-        numbers: dict[int, int] = {}
         for i, message in todo.jobs:
-            number = numbers.setdefault(id(message.content), len(numbers))
             state = lay(self._states[i], space) if i in self._states else None
-            jobs.append((i, message.metadata.message_type, message.metadata.group_id, number, state))
-        down = np.frombuffer(space.data, np.uint8)
-        hand.at[hand.actor.work.remote(jobs, down, *(contents[key] for key in numbers))] = todo
+            jobs.append((i, message.metadata.message_type, message.metadata.group_id, id(message.content), state))
+        down, slot = np.frombuffer(space.data, np.uint8), hand.slot()
+        wanted = {which for *_, which, _ in jobs}
+        fresh = list(wanted - hand.has)
+        hand.at[hand.actor.work.remote(jobs, slot, down, fresh, *(contents[key] for key in fresh))] = todo, slot
+        hand.has = wanted
 
     def _take(self, hand: _Hand, ref: Any, waiting: deque[_List], done: _Done) -> None:
         errors = self._ray.exceptions
@@ -219,36 +251,45 @@ class RayGrid(OwnGrid):
             self._replace(hand, waiting, error)
             return
         if ref == hand.starting:
-            same, reason = found
+            same, reason, offer = found
             if same != self._same:
                 what = ", ".join(name for name in self._same if same.get(name) != self._same[name])
                 raise UserError(f"the Ray workers have other {what} than the driver; give them the same")
             if reason:
                 raise UserError(f"a Ray worker cannot work: {reason}")
-            hand.starting, self._failed_starts = None, 0
+            hand.starting, hand.near, self._failed_starts = None, _is_near(*offer), 0
             return
-        todo = hand.at.pop(ref)
-        seconds, answers, data = found
-        whole = self._received(data, len(answers))
+        todo, slot = hand.at[ref]
+        seconds, answers, where = found
+        try:
+            size, whole = self._received(hand, slot, where, len(answers))
+        except OSError as error:  # it answered, died, and took its memory along
+            self._ray.kill(hand.actor)
+            self._replace(hand, waiting, error)
+            return
+        del hand.at[ref]
         self.busy_seconds += seconds
-        self._largest = max(self._largest, len(data) // len(answers))
+        self._largest = max(self._largest, size // len(answers))
         done.update({i: (answer, whole) for (i, _), answer in zip(todo.jobs, answers, strict=True)})
 
-    def _received(self, data: np.ndarray[Any, Any], count: int) -> _Answers:
-        """A copy of the bytes of ``count`` answers: writing into the object store's is a crash."""
+    def _received(self, hand: _Hand, slot: int | None, where: Any, count: int) -> tuple[int, _Answers]:
+        """The size and the bytes of ``count`` answers. Of the object store's a copy: to write there is a crash."""
+        if slot is not None:
+            path, size = where
+            return size, _Answers(Buffer(hand.read(slot, path, size)), count, partial(hand.free.append, slot))
         space = self._free.pop() if self._free else bytearray()
-        if len(space) < len(data):
-            space = bytearray(len(data))
-        view = memoryview(space)[: len(data)]
-        view[:] = data.data
-        return _Answers(space, Buffer(view), count)
+        if len(space) < len(where):
+            space = bytearray(len(where))
+        view = memoryview(space)[: len(where)]
+        view[:] = where.data
+        return len(where), _Answers(Buffer(view), count, partial(self._free.append, space))
 
     def _replace(self, hand: _Hand, waiting: deque[_List], error: Exception) -> None:
         """A worker is dead: another one starts, and its lists are done again."""
         self.lost += 1
         reason = _reason(error)
         tell("worker_lost", lost=self.lost, reason=reason)
-        lists = list(hand.at.values())  # the first one was at work
+        lists = [todo for todo, _ in hand.at.values()]  # the first one was at work
         if lists:
             lists[0].tries += 1
             if lists[0].tries >= _TRIES:
@@ -272,26 +313,48 @@ class _Worker:
         identify()
         self._error = ""
         self._up = Buffer()
+        self._slots: list[Arena] = []
+        self._records: dict[int, RecordDict] = {}
         try:
             self._runner = Runner(make(), partitions, lend)
         except Exception as error:  # an actor whose making fails looks like one that died
             self._error = f"{type(error).__name__}: {error}"
 
-    def ready(self) -> tuple[dict[str, str], str]:
-        """What must be the same as the driver's, and why this worker cannot work, or ""."""
-        return same_bits(), self._error
+    def ready(self) -> tuple[dict[str, str], str, tuple[str, bytes]]:
+        """What must be the same as the driver's, why this worker cannot work, or "", and memory to look for."""
+        self._offer, token = Arena(), os.urandom(16)
+        self._offer.place(len(token))[1][:] = token
+        return same_bits(), self._error, (self._offer.path, token)
 
     def work(
-        self, jobs: list[Job], down: np.ndarray[Any, Any], *contents: tuple[Layout, np.ndarray[Any, Any]]
-    ) -> tuple[float, list[Answer], np.ndarray[Any, Any]]:
-        """Seconds, answers, and the bytes in which they lie."""
+        self,
+        jobs: list[Job],
+        slot: int | None,
+        down: np.ndarray[Any, Any],
+        fresh: list[int],
+        *contents: tuple[Layout, np.ndarray[Any, Any]],
+    ) -> tuple[float, list[Answer], Any]:
+        """Seconds, answers, and what they lie in: the path and the size of ``slot``, or bytes.
+
+        fresh: which downloads ``contents`` are; the others are kept from the last list.
+        """
         start = time.perf_counter()
-        # copies, once a list: a client half that writes into its packet gets an error, not a crash
-        records = [pick(layout, Buffer(memoryview(bytearray(data))), copy=False) for layout, data in contents]
-        states, up = Buffer(down.data), self._up
-        up.clear()  # Ray has copied the last list's
+        old = {which for *_, which, _ in jobs} - set(fresh)
+        self._records = records = {which: self._records[which] for which in old}
+        for which, (layout, data) in zip(fresh, contents, strict=True):
+            # a copy: a client half that writes into its packet gets an error, not a crash
+            records[which] = pick(layout, Buffer(memoryview(bytearray(data))), copy=False)
+        states = Buffer(down.data)
+        if slot is None:
+            self._up.clear()  # Ray has copied the last list's
+            answers = [self._runner.there(job, records, states, self._up) for job in jobs]
+            return time.perf_counter() - start, answers, np.frombuffer(self._up.data, np.uint8)
+        if slot == len(self._slots):
+            self._slots.append(Arena())
+        up = self._slots[slot]
+        up.reset()
         answers = [self._runner.there(job, records, states, up) for job in jobs]
-        return time.perf_counter() - start, answers, np.frombuffer(up.data, np.uint8)
+        return time.perf_counter() - start, answers, (up.path, up.used)
 
 
 def _parts(items: Sequence[_T], sizes: Sequence[float], shares: Sequence[float]) -> list[list[_T]]:
@@ -303,6 +366,14 @@ def _parts(items: Sequence[_T], sizes: Sequence[float], shares: Sequence[float])
     for item, place in zip(items, places, strict=True):
         runs[place].append(item)
     return [run for run in runs if run]
+
+
+def _is_near(path: str, token: bytes) -> bool:
+    """Whether a worker's memory can be mapped here: it runs on this machine, for the same user."""
+    try:
+        return bytes(attached(path)[: len(token)]) == token
+    except (OSError, ValueError):
+        return False
 
 
 def _reason(death: Exception) -> str:

@@ -10,6 +10,7 @@ import itertools
 import mmap
 import os
 import tempfile
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -105,9 +106,20 @@ class Arena:
             return memoryview(bytearray(size))
         return memoryview(self._map)[start : start + size]
 
+    @property
+    def path(self) -> str:
+        """The file's name for other processes of this user on this machine, while this process lives (Linux)."""
+        return f"/proc/{os.getpid()}/fd/{self._fd}"
+
     def close(self) -> None:
         """Give the file back; maps go when nobody views them."""
         os.close(self._fd)
+
+
+def attached(path: str) -> memoryview:
+    """All of an arena's bytes, by its :attr:`Arena.path`. Raises OSError if it cannot be reached from here."""
+    with Path(path).open("r+b") as file:
+        return memoryview(mmap.mmap(file.fileno(), 0))
 
 
 def lay(records: RecordDict, arena: Space) -> Layout:
