@@ -4,14 +4,16 @@
     python experiments/personal.py final wisdm [mnist femnist]   # with the rates in the file; --seeds 0 1 2
     python experiments/personal.py table wisdm [mnist femnist]   # Markdown of what `final` wrote
 
-Each run is the ``fedsparse run`` command that the table names. Results are kept in ``experiments/results/``.
+Each run is the ``fedsparse run`` command that the table names. Results are kept in ``experiments/results/``; a run that
+was interrupted lies in ``runs/unfinished/`` and goes on from its newest checkpoint when the script is called again.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import tempfile
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,10 +24,11 @@ import numpy as np
 import fedsparse
 from fedsparse.experiment import load_experiment
 from fedsparse.report.summary import accuracy
-from fedsparse.runner import run
+from fedsparse.runner import resume, run
 from fedsparse.seeding import numpy_rng
 
 HERE = Path(__file__).parent
+UNFINISHED = HERE.parent / "runs" / "unfinished"
 SEEDS = (0, 1, 2)
 METHODS = ("local", "fedavg", "fedavg_ft", "pfedgate")
 RATES = "# the best of the trials on validation data, written by `experiments/personal.py tune`"
@@ -42,10 +45,20 @@ CONTROLS = (
 
 
 def one_run(name: str, settings: Sequence[str]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Run the file ``name`` once, in a folder that goes away: the summary and the rows of the clients."""
-    with tempfile.TemporaryDirectory() as folder:
-        done = run(load_experiment(HERE / f"{name}.toml", settings), out=Path(folder) / "run")
-        return done.summary, done.clients
+    """Run the file ``name`` once: the summary and the rows of the clients. What was interrupted goes on."""
+    experiment = load_experiment(HERE / f"{name}.toml", settings)
+    folder = UNFINISHED / hashlib.sha256(repr(experiment).encode()).hexdigest()[:16]
+    try:
+        if any(folder.glob("checkpoint/*")) and not (folder / "summary.json").exists():
+            done = resume(folder)
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+            done = run(experiment, out=folder)
+    except fedsparse.ClientError:  # it would come again
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+    return done.summary, done.clients
 
 
 def command(name: str, settings: Sequence[str]) -> str:

@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from fedsparse.client import FederatedClient, Memory, Metrics, client_app
 from fedsparse.engine.local import LocalGrid
-from fedsparse.engine.shared import Arena, chunks, lay, pick
+from fedsparse.engine.shared import Arena, Buffer, chunks, lay, pick
 from fedsparse.errors import ClientError, UserError
+from fedsparse.lent import LentRecords
 from fedsparse.method import build, load_method
-from fedsparse.packet import Packet, decode, encode
+from fedsparse.packet import Packet, decode, encode, same
 from fedsparse.runner import digest
 from fedsparse.strategy import Plan
 from fedsparse.task import Client, Split, Task
@@ -276,6 +277,23 @@ def test_records_survive_shared_memory() -> None:
     first = pick(lay(encode(packet), arena), arena, copy=False)
     pick(lay(encode(Packet("x", {"a": big})), arena), arena, copy=False)
     assert first == encode(packet)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_packets_of_all_types_survive_shared_memory(copy: bool) -> None:
+    """Also where the receiver may not write, and after the sender wrote there again."""
+    types = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.float64, torch.float16)
+    tensors = {str(dtype)[6:]: (torch.arange(6).view(2, 3) % 2).to(dtype) for dtype in types}
+    tensors |= {"turned": torch.arange(6).view(2, 3).T, "none": torch.zeros(0, 4, dtype=torch.bool), "f": torch.ones(3)}
+    packet = Packet("update", tensors, {"weight": 2})
+    arena, buffer = Arena(), Buffer()
+    mapped = pick(lay(LentRecords(packet, "r"), arena), arena, copy=copy)
+    layout = lay(LentRecords(packet, "r"), buffer)
+    received = pick(layout, Buffer(memoryview(bytes(buffer.data))), copy=copy)  # read-only bytes
+    assert same(decode(mapped), packet) and same(decode(received), packet)
+    arena.reset()
+    lay(LentRecords(Packet("x", {"b": torch.ones(1000, dtype=torch.int64)})), arena)
+    assert torch.equal(decode(mapped).tensors["turned"], tensors["turned"])
 
 
 def test_splits_have_a_length() -> None:

@@ -20,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments import personal
 from fedsparse.checkpoint import packed, unpacked
 from fedsparse.errors import UserError
 from fedsparse.experiment import Experiment, from_dict
@@ -389,3 +390,16 @@ def test_states_that_would_not_come_back_are_refused_at_the_start(tmp_path: Path
     with pytest.raises(UserError, match=r"a checkpoint cannot keep state\.seen: it is no argument of OddState"):
         run(made, out=tmp_path / "run")
     assert run(made.with_overrides(["engine.checkpoint_every=0"]), out=tmp_path / "other").summary["digest"]
+
+
+def test_the_scripts_of_tables_go_on_with_what_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(personal, "UNFINISHED", tmp_path)
+    name, settings = "digits_pfedgate", ["rounds=3", "partition.max_clients=2", "engine.checkpoint_every=1"]
+    whole = personal.one_run(name, settings)[0]["digest"]
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(personal, "run", lambda made, out: run(made, out=out, on_round=stop_after(3)))
+    with pytest.raises(InterruptedRunError):
+        personal.one_run(name, settings)
+    monkeypatch.setattr(personal, "run", None)  # what is left is resumed
+    assert personal.one_run(name, settings)[0]["digest"] == whole
+    assert not list(tmp_path.iterdir())

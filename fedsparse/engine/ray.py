@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -412,17 +413,15 @@ def _connect(ray: Any, address: str, workers: int, cpus: float, gpus: float) -> 
         except (OSError, ValueError) as error:
             raise UserError(f"engine 'ray', address {address!r}: no cluster answers there ({error})") from error
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    ours = {
+        "num_cpus": max(1, round(workers * cpus + 0.5)),
+        "num_gpus": round(workers * gpus + 0.5) if gpus else None,
+        "include_dashboard": False,
+    }
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(
-                address="local",
-                num_cpus=max(1, round(workers * cpus + 0.5)),
-                num_gpus=round(workers * gpus + 0.5) if gpus else None,
-                include_dashboard=False,
-                **quiet,
-            )
+        with warnings.catch_warnings():  # of what Ray will do in future versions
+            warnings.simplefilter("ignore", FutureWarning)
+            ray.init(address=address or "local", **quiet, **({} if address else ours))
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"engine 'ray', address {address!r}: {error}") from error
     return True

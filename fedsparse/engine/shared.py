@@ -1,12 +1,13 @@
 """Memory that forked processes share, and RecordDicts laid out in it.
 
-An Arena is an anonymous file mapped by every process that inherited it. Array data lie in the arena; what
-travels through a pipe is only where. Everything else of a record (words, numbers) travels as it is.
+An Arena is an anonymous file mapped by every process that inherited it, or that opens it by its path. Array data lie
+in the arena; what travels through a pipe is only where. Everything else of a record (words, numbers) travels as it is.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import mmap
 import os
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
 
 from fedsparse.lent import LentRecords
 from fedsparse.packet import Packet, encode, put_floats, run_words, shapes_of, take_floats
@@ -134,8 +136,23 @@ def _lay_packet(packet: Packet, arena: Space) -> tuple[Any, ...]:
     shapes = shapes_of(packet.tensors)
     start, view = arena.place(sum(t.nbytes for t in packet.tensors.values() if t.dtype == torch.float32))
     put_floats(packet, view)
-    others = {name: t.clone().numpy() for name, t in packet.tensors.items() if t.dtype != torch.float32}
+    others = {name: _put_raw(t, arena) for name, t in packet.tensors.items() if t.dtype != torch.float32}
     return packet.kind, shapes, start, len(view), others, dict(packet.scalars)
+
+
+def _put_raw(tensor: Tensor, arena: Space) -> int:
+    """Where the tensor's bytes are."""
+    start, view = arena.place(tensor.nbytes)
+    if tensor.numel():
+        view[:] = tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
+    return start
+
+
+def _raw(arena: Space, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor again, in memory of its own: indices and bitmaps are small, and likely to be kept."""
+    if not (size := math.prod(shape) * dtype.itemsize):
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(arena.view(start, size), dtype=dtype).view(shape).clone()
 
 
 def _lay_record(record: Any, arena: Space) -> tuple[str, Any]:
@@ -154,7 +171,8 @@ def pick(layout: Layout, arena: Space, *, copy: bool) -> RecordDict:
     """The records again; with ``copy`` their data are ``bytes`` of their own, else views of the arena."""
     if layout and layout[0][0] == "packet":
         _, words, (kind, shapes, start, size, others, scalars) = layout[0]
-        tensors = {name: torch.from_numpy(array) for name, array in others.items()}
+        forms = {name: (getattr(torch, dtype), shape) for name, dtype, shape in shapes}
+        tensors = {name: _raw(arena, at, *forms[name]) for name, at in others.items()}
         packet = Packet(kind, take_floats(arena.view(start, size), shapes, tensors), scalars)
         return encode(packet, run=words) if copy else LentRecords(packet, words)
     return RecordDict({name: _record(kind, value, arena, copy) for name, kind, value in layout})
