@@ -35,7 +35,7 @@ class LocalContext(Context):
 
 
 class OrderedReplies:
-    """A stream of replies in partition order. Each reply is valid until the next one is asked for."""
+    """A stream of replies in partition order. Each is valid until the next one is asked for, or another exchange."""
 
     ordered = True
 
@@ -91,8 +91,8 @@ class OwnGrid(_Sender):
     """Abstract: a Flower Grid over ``partitions`` clients, which the driver runs. An engine says how (``_answers``).
 
     own_replies: replies and downloads are the receiver's own (what a stock Flower app expects); False lends packets and
-    views, valid until the next reply is asked for, and is faster. store: of the clients' memories; None = all in RAM.
-    Use it as a context manager, or call ``close``.
+    views, valid until the next reply is asked for or another exchange begins, and is faster. store: of the clients'
+    memories; None = all in RAM. Use it as a context manager, or call ``close``.
     """
 
     def __init__(self, partitions: int, workers: int, own_replies: bool, store: MemoryStore | None) -> None:
@@ -105,6 +105,7 @@ class OwnGrid(_Sender):
         self._own = own_replies
         self._states = MemoryStore() if store is None else store
         self._pending: dict[str, Message] = {}
+        self._exchanges = 0
         identify()
 
     # --- Flower's Grid -----------------------------------------------------------------------------------------------
@@ -165,6 +166,8 @@ class OwnGrid(_Sender):
         self.close()
 
     def _exchange(self, messages: list[Message]) -> Iterator[Message]:
+        self._exchanges += 1
+        this = self._exchanges
         self.busy_seconds = 0.0
         jobs = sorted(((m.metadata.dst_node_id - 1, m) for m in messages), key=lambda job: job[0])
         for i, _ in jobs:
@@ -180,6 +183,8 @@ class OwnGrid(_Sender):
                 yield Message(content, reply_to=message)
             else:
                 yield Message(Error(*(error or (FAILED, ""))), reply_to=message)
+            if self._exchanges != this:
+                raise UserError("another exchange has begun on this grid: the replies of this one are gone")
 
 
 def identify() -> None:
@@ -221,7 +226,7 @@ class Runner:
             return (None, kept, (reply.error.code, reply.error.reason or "")), seconds
         return (reply.content, kept, None), seconds
 
-    def there(self, job: Job, contents: Mapping[int, RecordDict] | list[RecordDict], down: Space, up: Space) -> Answer:
+    def there(self, job: Job, contents: Mapping[int, RecordDict], down: Space, up: Space) -> Answer:
         """The answer to a job in another process: the memory is read from ``down``, what comes back goes to ``up``."""
         i, message_type, group, which, state_layout = job
         state = RecordDict() if state_layout is None else pick(state_layout, down, copy=True)

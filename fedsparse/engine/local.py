@@ -224,13 +224,13 @@ def _work(runner: Runner, pipe: Connection, inherited: list[Connection], down: A
     for end in inherited:  # else a dead driver's pipes would stay open in its workers
         end.close()
     torch.set_num_threads(1)
-    contents: list[RecordDict] = []
+    contents: dict[int, RecordDict] = {}
     try:
         while True:
             number, slot, layouts, jobs = pipe.recv()
             start = time.perf_counter()
             if layouts is not None:
-                contents = [pick(layout, down, copy=False) for layout in layouts]
+                contents = {i: pick(layout, down, copy=False) for i, layout in enumerate(layouts)}
             slots[slot].up.reset()
             answers = [runner.there(job, contents, slots[slot].down, slots[slot].up) for job in jobs]
             pipe.send((number, slot, time.perf_counter() - start, slots[slot].up.used, answers))

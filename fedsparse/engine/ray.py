@@ -38,6 +38,7 @@ _AHEAD = 2  # lists a worker has at hand
 _TRIES = 3  # of a list whose workers die
 _START_SECONDS, _REACH_SECONDS = 300.0, 5.0
 _NO_DEATHS = ("RuntimeEnvSetupError", "ActorUnschedulableError", "OutOfDiskError", "ObjectStoreFullError")
+_GONE = (FileNotFoundError, ProcessLookupError, PermissionError)  # of the memory of a process that has ended
 _log = logging.getLogger("fedsparse")
 _T = TypeVar("_T")
 _PASSED_ON = ("FEDSPARSE_DATA", "FEDSPARSE_CACHE", *BITS)
@@ -52,48 +53,69 @@ class _List:
 
 
 @dataclass
+class _Slot:
+    """Memory that a worker writes the answers of a list into, and that is mapped here."""
+
+    number: int
+    map: memoryview = field(default_factory=lambda: memoryview(b""))
+    held: int = 0  # bytes, at most
+
+    def read(self, path: str, size: int) -> memoryview:
+        """The first ``size`` bytes. Raises one of ``_GONE`` if the worker is gone."""
+        if len(self.map) < size:
+            self.map = attached(path)
+        if len(self.map) < size:
+            raise FileNotFoundError(f"{path} is another worker's")
+        self.held = max(self.held, size)
+        return self.map[:size]
+
+
+@dataclass
 class _Hand:
     """A worker: its actor, whether it has said that it is there, and the lists that it has, each with its slot.
 
-    near: it runs on this machine, and answers in slots: numbered memory that both map. maps: those seen so far.
-    has: the downloads of the list that it was given last; it keeps these.
+    near: it runs on this machine and answers in slots. has: the downloads of the list that it was given last; it keeps
+    these until the next one.
     """
 
     actor: Any
     starting: Any
-    at: dict[Any, tuple[_List, int | None]] = field(default_factory=dict)
+    at: dict[Any, tuple[_List, _Slot | None]] = field(default_factory=dict)
     near: bool = False
-    maps: list[memoryview] = field(default_factory=list)
-    free: list[int] = field(default_factory=list)
+    slots: list[_Slot] = field(default_factory=list)
+    free: list[_Slot] = field(default_factory=list)
     has: set[int] = field(default_factory=set)
 
     def forget(self) -> None:
         """What it has at hand is not wanted. It works in order: no later list is written before that one is done."""
         self.at.clear()
         self.has.clear()
-        self.free = list(range(len(self.maps)))
+        self.free = list(self.slots)
 
-    def slot(self) -> int | None:
-        """A slot that nobody reads."""
+    def slot(self, size: int) -> _Slot | None:
+        """One that nobody reads, for about ``size`` bytes; the smallest that will do, since they never shrink."""
         if not self.near:
             return None
         if not self.free:
-            self.free.append(len(self.maps))
-            self.maps.append(memoryview(b""))
-        return self.free.pop()
+            self.free.append(_Slot(len(self.slots)))
+            self.slots.extend(self.free)
+        enough = [slot for slot in self.free if slot.held >= size]
+        found = min(enough, key=_held) if enough else max(self.free, key=_held)
+        self.free.remove(found)
+        return found
 
-    def read(self, slot: int, path: str, size: int) -> memoryview:
-        """The bytes in a slot. Raises OSError if the worker is gone."""
-        if len(self.maps[slot]) < size:
-            self.maps[slot] = attached(path)
-        return self.maps[slot][:size]
+    def leave(self) -> None:
+        """It is dead, or not wanted: its memory goes when nobody reads it."""
+        self.forget()
+        for slot in self.slots:
+            slot.map = memoryview(b"")
 
 
 @dataclass
 class _Answers:
     """What a list of jobs gave: the bytes, how many answers were not taken yet, and what to do when none is left."""
 
-    buffer: Buffer
+    data: memoryview
     left: int
     release: Callable[[], None]
 
@@ -149,6 +171,7 @@ class RayGrid(OwnGrid):
     def close(self) -> None:
         for hand in self._hands:
             self._ray.kill(hand.actor)
+            hand.leave()
         self._hands = []
         if self._started:
             self._ray.shutdown()
@@ -178,7 +201,7 @@ class RayGrid(OwnGrid):
                 while i not in done:
                     self._step(waiting, contents, done)
                 answer, answers = done.pop(i)
-                yield picked(answer, answers.buffer, self._own)
+                yield picked(answer, Buffer(answers.data), self._own)
                 answers.left -= 1
                 if not answers.left:  # views were valid until now
                     answers.release()
@@ -234,56 +257,58 @@ class RayGrid(OwnGrid):
         for i, message in todo.jobs:
             state = lay(self._states[i], space) if i in self._states else None
             jobs.append((i, message.metadata.message_type, message.metadata.group_id, id(message.content), state))
-        down, slot = np.frombuffer(space.data, np.uint8), hand.slot()
+        down, slot = np.frombuffer(space.data, np.uint8), hand.slot(len(jobs) * self._largest)
         wanted = {which for *_, which, _ in jobs}
-        fresh = list(wanted - hand.has)
-        hand.at[hand.actor.work.remote(jobs, slot, down, fresh, *(contents[key] for key in fresh))] = todo, slot
-        hand.has = wanted
+        fresh, number = list(wanted - hand.has), None if slot is None else slot.number
+        call = hand.actor.work.remote(jobs, number, down, fresh, *(contents[key] for key in fresh))
+        hand.at[call], hand.has = (todo, slot), wanted
 
     def _take(self, hand: _Hand, ref: Any, waiting: deque[_List], done: _Done) -> None:
         errors = self._ray.exceptions
         try:
             found = self._ray.get(ref)
+            if ref == hand.starting:
+                self._met(hand, *found)
+            else:
+                self._read(hand, ref, found, done)
         except errors.RayTaskError as error:
             raise ClientError(f"a Ray worker failed: {error.cause or error}") from error
         except tuple(getattr(errors, name) for name in _NO_DEATHS) as error:
             raise UserError(f"engine 'ray': {str(error).splitlines()[0]}") from error
-        except errors.RayError as error:
+        except (errors.RayError, *_GONE) as error:  # it may also have answered, died, and taken its memory along
             self._replace(hand, waiting, error)
-            return
-        if ref == hand.starting:
-            same, reason, offer = found
-            if same != self._same:
-                what = ", ".join(name for name in self._same if same.get(name) != self._same[name])
-                raise UserError(f"the Ray workers have other {what} than the driver; give them the same")
-            if reason:
-                raise UserError(f"a Ray worker cannot work: {reason}")
-            hand.starting, hand.near, self._failed_starts = None, _is_near(*offer), 0
-            return
-        todo, slot = hand.at[ref]
+        except OSError as error:
+            raise UserError(f"engine 'ray': a worker's memory cannot be mapped: {error}") from error
+
+    def _met(self, hand: _Hand, same: Mapping[str, str], reason: str, offer: tuple[str, bytes]) -> None:
+        """A worker says that it is there."""
+        if same != self._same:
+            what = ", ".join(name for name in self._same if same.get(name) != self._same[name])
+            raise UserError(f"the Ray workers have other {what} than the driver; give them the same")
+        if reason:
+            raise UserError(f"a Ray worker cannot work: {reason}")
+        hand.starting, hand.near, self._failed_starts = None, _is_near(*offer), 0
+
+    def _read(self, hand: _Hand, ref: Any, found: tuple[float, list[Answer], Any], done: _Done) -> None:
+        """A worker gives the answers to a list."""
         seconds, answers, where = found
-        try:
-            size, whole = self._received(hand, slot, where, len(answers))
-        except OSError as error:  # it answered, died, and took its memory along
-            self._ray.kill(hand.actor)
-            self._replace(hand, waiting, error)
-            return
+        todo, slot = hand.at[ref]
+        if slot is None:
+            space = self._room(len(where))  # a copy: to write where the object store has them is a crash
+            data, release = memoryview(space)[: len(where)], partial(self._free.append, space)
+            data[:] = where.data
+        else:
+            data, release = slot.read(*where), partial(hand.free.append, slot)
         del hand.at[ref]
         self.busy_seconds += seconds
-        self._largest = max(self._largest, size // len(answers))
+        self._largest = max(self._largest, len(data) // len(answers))
+        whole = _Answers(data, len(answers), release)
         done.update({i: (answer, whole) for (i, _), answer in zip(todo.jobs, answers, strict=True)})
 
-    def _received(self, hand: _Hand, slot: int | None, where: Any, count: int) -> tuple[int, _Answers]:
-        """The size and the bytes of ``count`` answers. Of the object store's a copy: to write there is a crash."""
-        if slot is not None:
-            path, size = where
-            return size, _Answers(Buffer(hand.read(slot, path, size)), count, partial(hand.free.append, slot))
+    def _room(self, size: int) -> bytearray:
+        """At least ``size`` bytes, if possible used before."""
         space = self._free.pop() if self._free else bytearray()
-        if len(space) < len(where):
-            space = bytearray(len(where))
-        view = memoryview(space)[: len(where)]
-        view[:] = where.data
-        return len(where), _Answers(Buffer(view), count, partial(self._free.append, space))
+        return space if len(space) >= size else bytearray(size)
 
     def _replace(self, hand: _Hand, waiting: deque[_List], error: Exception) -> None:
         """A worker is dead: another one starts, and its lists are done again."""
@@ -291,6 +316,7 @@ class RayGrid(OwnGrid):
         reason = _reason(error)
         tell("worker_lost", lost=self.lost, reason=reason)
         lists = [todo for todo, _ in hand.at.values()]  # the first one was at work
+        hand.leave()
         if lists:
             lists[0].tries += 1
             if lists[0].tries >= _TRIES:
@@ -316,6 +342,7 @@ class _Worker:
         self._up = Buffer()
         self._slots: list[Arena] = []
         self._records: dict[int, RecordDict] = {}
+        self._offer: Arena | None = None
         try:
             self._runner = Runner(make(), partitions, lend)
         except Exception as error:  # an actor whose making fails looks like one that died
@@ -323,8 +350,12 @@ class _Worker:
 
     def ready(self) -> tuple[dict[str, str], str, tuple[str, bytes]]:
         """What must be the same as the driver's, why this worker cannot work, or "", and memory to look for."""
-        self._offer, token = Arena(), os.urandom(16)
-        self._offer.place(len(token))[1][:] = token
+        token = os.urandom(16)
+        try:
+            self._offer = Arena()
+            self._offer.place(len(token))[1][:] = token
+        except OSError:  # then the object store has to do
+            return same_bits(), self._error, ("", token)
         return same_bits(), self._error, (self._offer.path, token)
 
     def work(
@@ -335,9 +366,9 @@ class _Worker:
         fresh: list[int],
         *contents: tuple[Layout, np.ndarray[Any, Any]],
     ) -> tuple[float, list[Answer], Any]:
-        """Seconds, answers, and what they lie in: the path and the size of ``slot``, or bytes.
+        """Seconds, answers, and what they lie in: the path and the size of a slot, or bytes.
 
-        fresh: which downloads ``contents`` are; the others are kept from the last list.
+        slot: its number. fresh: which downloads ``contents`` are; the others are kept from the last list.
         """
         start = time.perf_counter()
         old = {which for *_, which, _ in jobs} - set(fresh)
@@ -350,7 +381,7 @@ class _Worker:
             self._up.clear()  # Ray has copied the last list's
             answers = [self._runner.there(job, records, states, self._up) for job in jobs]
             return time.perf_counter() - start, answers, np.frombuffer(self._up.data, np.uint8)
-        if slot == len(self._slots):
+        while len(self._slots) <= slot:
             self._slots.append(Arena())
         up = self._slots[slot]
         up.reset()
@@ -369,11 +400,15 @@ def _parts(items: Sequence[_T], sizes: Sequence[float], shares: Sequence[float])
     return [run for run in runs if run]
 
 
+def _held(slot: _Slot) -> int:
+    return slot.held
+
+
 def _is_near(path: str, token: bytes) -> bool:
     """Whether a worker's memory can be mapped here: it runs on this machine, for the same user."""
     try:
-        return bytes(attached(path)[: len(token)]) == token
-    except (OSError, ValueError):
+        return bool(path) and bytes(attached(path)[: len(token)]) == token
+    except _GONE:
         return False
 
 

@@ -6,6 +6,7 @@ in the arena; what travels through a pipe is only where. Everything else of a re
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
 import mmap
@@ -23,6 +24,7 @@ from fedsparse.packet import Packet, encode, put_floats, run_words, shapes_of, t
 
 _ALIGN = 64  # bytes: a cache line, and the alignment of torch's own tensors
 _GROW = 1 << 20
+_NAME = "fedsparse"
 
 Layout = list[tuple[str, str, Any]]  # ("packet", run words, packet) or (record's name, its kind, its content) each
 
@@ -71,7 +73,7 @@ class Arena:
 
     def __init__(self) -> None:
         if hasattr(os, "memfd_create"):
-            self._fd = os.memfd_create("fedsparse")
+            self._fd = os.memfd_create(_NAME)
         else:
             with tempfile.TemporaryFile() as file:
                 self._fd = os.dup(file.fileno())
@@ -119,8 +121,14 @@ class Arena:
 
 
 def attached(path: str) -> memoryview:
-    """All of an arena's bytes, by its :attr:`Arena.path`. Raises OSError if it cannot be reached from here."""
-    with Path(path).open("r+b") as file:
+    """All of an arena's bytes, by its :attr:`Arena.path`. Raises FileNotFoundError where there is no such arena, among
+    others because its process has ended, and other kinds of OSError if it cannot be mapped."""
+    link = Path(path)
+    if not str(link.readlink()).startswith(f"/memfd:{_NAME}"):  # another machine's path may name anything here
+        raise FileNotFoundError(errno.ENOENT, "no shared memory", path)
+    with link.open("r+b") as file:
+        if not os.fstat(file.fileno()).st_size:
+            raise FileNotFoundError(errno.ENOENT, "no shared memory", path)
         return memoryview(mmap.mmap(file.fileno(), 0))
 
 
