@@ -69,8 +69,9 @@ class Packet:
         words |= {f"s.{name}": len(v.encode()) for name, v in self.scalars.items() if isinstance(v, str)}
         fixed = _fixed_bytes(self.kind, run, shapes_of(self.tensors))
         config = fixed[1] + sum(_field(_key(name) + _field(_field(size))) for name, size in words.items())
-        numbers = sum(_number_item(name, v) for name, v in self.scalars.items() if not isinstance(v, str))
-        return fixed[0] + _object("ConfigRecord", 0, config) + _object("MetricRecord", 0, numbers)
+        return (
+            fixed[0] + _object("ConfigRecord", 0, config) + _object("MetricRecord", 0, _items(_numbers(self.scalars)))
+        )
 
 
 def encode(packet: Packet, *, run: str = "") -> RecordDict:
@@ -397,17 +398,6 @@ def _items(values: Mapping[str, Any]) -> int:
     return total
 
 
-def _number_item(name: str, value: Any) -> int:
-    """Bytes of one item of a packet's numbers; truth values are sent as whole numbers."""
-    return _float_item(name) if isinstance(value, float) else _field(_key(name) + _field(_value(int(value))))
-
-
-@lru_cache(maxsize=256)
-def _float_item(name: str) -> int:
-    return _field(_key(name) + _field(_value(0.0)))
-
-
-@lru_cache(maxsize=256)
 def _key(key: str) -> int:
     """Protobuf leaves an empty key out."""
     return _field(len(key.encode())) if key else 0

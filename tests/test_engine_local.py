@@ -264,6 +264,19 @@ def test_a_grid_needs_clients_and_workers() -> None:
         list(grid.send_and_receive([Message(RecordDict(), 9, "train")]))
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_exchange_that_was_left_cannot_be_gone_on_with(workers: int) -> None:
+    with LocalGrid(stock_app, 4, workers=workers, own_replies=False) as grid:
+        first, second = (
+            iter(grid.send_and_receive([grid.create_message(RecordDict(), "train", i + 1, "0") for i in range(4)]))
+            for _ in range(2)
+        )
+        next(first), next(second)
+        with pytest.raises(UserError, match="another exchange has begun"):
+            next(first)
+        assert len(list(second)) == 3
+
+
 def test_records_survive_shared_memory() -> None:
     arena = Arena()
     packet = Packet("update", {"a": torch.randn(5, 3), "i": torch.arange(4)}, {"weight": 2, "s": "x"})

@@ -204,7 +204,7 @@ def test_shared_memory_does_not_grow_with_the_cohort() -> None:
         return Message(RecordDict({"a": context.state["a"]}), reply_to=message)
 
     sizes = {}
-    for cohort in (300, 900):  # lists of the first exchange are as long as they get
+    for cohort in (300, 900):  # from 256 on lists of the first exchange have their full length
         with LocalGrid(app, cohort, workers=2, own_replies=False, store=MemoryStore(None, 1)) as grid:
             for _ in range(2):  # in the second exchange memories go along
                 sent = [grid.create_message(RecordDict(), "train", i + 1, "1") for i in range(cohort)]

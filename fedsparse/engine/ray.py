@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,7 +101,8 @@ class _Hand:
             self.free.append(_Slot(len(self.slots)))
             self.slots.extend(self.free)
         enough = [slot for slot in self.free if slot.held >= size]
-        found = min(enough, key=_held) if enough else max(self.free, key=_held)
+        held = attrgetter("held")
+        found = min(enough, key=held) if enough else max(self.free, key=held)
         self.free.remove(found)
         return found
 
@@ -376,17 +378,17 @@ class _Worker:
         for which, (layout, data) in zip(fresh, contents, strict=True):
             # a copy: a client half that writes into its packet gets an error, not a crash
             records[which] = pick(layout, Buffer(memoryview(bytearray(data))), copy=False)
+        up = self._up if slot is None else self._slot(slot)
+        up.reset()  # the object store has copied the last list's, and nobody reads a slot that is given
         states = Buffer(down.data)
-        if slot is None:
-            self._up.clear()  # Ray has copied the last list's
-            answers = [self._runner.there(job, records, states, self._up) for job in jobs]
-            return time.perf_counter() - start, answers, np.frombuffer(self._up.data, np.uint8)
-        while len(self._slots) <= slot:
-            self._slots.append(Arena())
-        up = self._slots[slot]
-        up.reset()
         answers = [self._runner.there(job, records, states, up) for job in jobs]
-        return time.perf_counter() - start, answers, (up.path, up.used)
+        where = (up.path, up.used) if isinstance(up, Arena) else np.frombuffer(up.data, np.uint8)
+        return time.perf_counter() - start, answers, where
+
+    def _slot(self, number: int) -> Arena:
+        while len(self._slots) <= number:
+            self._slots.append(Arena())
+        return self._slots[number]
 
 
 def _parts(items: Sequence[_T], sizes: Sequence[float], shares: Sequence[float]) -> list[list[_T]]:
@@ -398,10 +400,6 @@ def _parts(items: Sequence[_T], sizes: Sequence[float], shares: Sequence[float])
     for item, place in zip(items, places, strict=True):
         runs[place].append(item)
     return [run for run in runs if run]
-
-
-def _held(slot: _Slot) -> int:
-    return slot.held
 
 
 def _is_near(path: str, token: bytes) -> bool:

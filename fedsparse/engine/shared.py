@@ -63,7 +63,7 @@ class Buffer:
         """All that was placed."""
         return self._data[: self._end]
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """What was placed may be overwritten. The memory stays: new one costs as much as what is written to it."""
         self._end = 0
 
@@ -179,8 +179,7 @@ def pick(layout: Layout, arena: Space, *, copy: bool) -> RecordDict:
     """The records again; with ``copy`` their data are ``bytes`` of their own, else views of the arena."""
     if layout and layout[0][0] == "packet":
         _, words, (kind, shapes, start, size, others, scalars) = layout[0]
-        forms = {name: (getattr(torch, dtype), shape) for name, dtype, shape in shapes}
-        tensors = {name: _raw(arena, at, *forms[name]) for name, at in others.items()}
+        tensors = {n: _raw(arena, others[n], getattr(torch, dtype), shape) for n, dtype, shape in shapes if n in others}
         packet = Packet(kind, take_floats(arena.view(start, size), shapes, tensors), scalars)
         return encode(packet, run=words) if copy else LentRecords(packet, words)
     return RecordDict({name: _record(kind, value, arena, copy) for name, kind, value in layout})
