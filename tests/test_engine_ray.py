@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from fedsparse.client import client_app
 from fedsparse.engine.grid import OwnGrid
 from fedsparse.engine.local import LocalGrid
-from fedsparse.engine.ray import RayGrid, _is_near, _parts
+from fedsparse.engine.ray import RayGrid, _Hand, _is_near, _parts
 from fedsparse.engine.store import MemoryStore
 from fedsparse.errors import ClientError, UserError
 from fedsparse.experiment import from_dict
@@ -139,27 +139,15 @@ def test_exchanges_that_are_left_in_the_middle() -> None:
             assert all(len(hand.slots) <= 6 for hand in grid._hands)  # as many lists as an exchange has in all
 
 
-def big() -> ClientApp:
-    """Answers with 64 kB."""
-    made = ClientApp()
-
-    @made.train()
-    def train(message: Message, context: Context) -> Message:
-        return Message(encode(Packet("r", {"x": torch.zeros(1 << 14)})), reply_to=message)
-
-    return made
-
-
-def test_slots_hold_little_more_than_two_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = 2 << 20
-    monkeypatch.setattr("fedsparse.engine.ray._WINDOW_BYTES", window)
-    with RayGrid(big, 200, workers=2, own_replies=False) as grid:
-        packet = encode(Packet("train"))
-        for count in (1, *[200] * 8):  # until the first answer they are taken to be as large as a download
-            sent = [grid.create_message(packet, "train", i + 1, "0") for i in range(count)]
-            assert len(list(grid.send_and_receive(sent))) == count
-        held = sum(slot.held for hand in grid._hands for slot in hand.slots)
-        assert NEAR * window < held <= 1.5 * 2 * window
+def test_a_list_gets_the_slot_that_fits() -> None:
+    """Slots keep their size: small lists must not take large ones, nor let all of them grow."""
+    hand = _Hand(None, None, near=True)
+    assert [hand.slot(1).number for _ in range(3)] == [0, 1, 2]  # type: ignore[union-attr]
+    for slot, held in zip(hand.slots, (100, 1000, 10), strict=True):
+        slot.held = held
+    hand.forget()
+    assert [hand.slot(size).held for size in (50, 5, 5000)] == [100, 10, 1000]  # type: ignore[union-attr]
+    assert _Hand(None, None).slot(1) is None
 
 
 def test_paths_that_are_no_memory_of_a_worker(tmp_path: Path) -> None:
