@@ -35,6 +35,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "feddst": ("method=feddst",),
     "fedtiny": ("method=fedtiny",),
     "fedtiny_erk": ("method=fedtiny", "method.layer_densities=erk"),
+    "fedtiny_erk_fixed": ("method=fedtiny", "method.layer_densities=erk", "method.progressive=false"),
     "fedtiny_vanilla": ("method=fedtiny", "method.selection=vanilla"),
     "fedtiny_fixed": ("method=fedtiny", "method.progressive=false"),
     "fedtiny_vanilla_fixed": ("method=fedtiny", "method.selection=vanilla", "method.progressive=false"),
