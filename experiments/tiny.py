@@ -115,8 +115,8 @@ def final(methods: Iterable[str], densities: Iterable[float], seeds: Iterable[in
 def table() -> None:
     """Markdown: mean and standard deviation over seeds; costs are those of the first seed, selection included."""
     heads = ("method and nominal density", "seeds", "accuracy", "true density", "up kB", "down kB", "MB in all")
-    print_row([*heads, "largest round GFLOP", "TFLOP in all", "memory MB", "minutes"])
-    print_row(["---"] * 11)
+    print_row([*heads, "largest round GFLOP", "preparation GFLOP", "TFLOP in all", "memory MB", "minutes"])
+    print_row(["---"] * 12)
     found = load(FINAL)
     for name, entries in rows(found):
         first = entries[0]
@@ -132,6 +132,7 @@ def table() -> None:
                 f"{first['down'] / 1e3:.1f}",
                 f"{total / 1e6:.1f}",
                 f"{first['flops']['max_per_client_round'] / 1e9:.0f}",
+                f"{(first['flops']['max_preparation'] or 0) / 1e9:.0f}",
                 f"{first['flops']['total'] / 1e12:.2f}",
                 f"{first['peak_model_bytes'] / 1e6:.1f}",
                 f"{first['seconds']['wall'] / 60:.0f}",

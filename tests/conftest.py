@@ -6,8 +6,11 @@ import os
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+settings.register_profile("no deadline", deadline=None)  # tests are not timed: the machine may be busy
+settings.load_profile("no deadline")
 
 
 @pytest.fixture(autouse=True, scope="session")
