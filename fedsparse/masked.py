@@ -135,10 +135,10 @@ def top_gradients(
         shows = {name.rpartition(".")[0]: found.show for name, found in top.items()}
         executor.search(own, batch.x, lambda logits: _loss_gradient(task, logits, batch.y), shows)
     else:
-        with network(task, own, mask) as model, _probes(task, top), torch.enable_grad():
-            # an input that needs a gradient makes every later output need one, without any weight gradient
-            x = batch.x.clone().requires_grad_()
-            torch.autograd.grad(task.criterion(model(x), batch.y), x)
+        with network(task, own, mask) as model, _probes(task, top) as first, torch.enable_grad():
+            loss = task.criterion(model(batch.x), batch.y)
+            if first:
+                torch.autograd.grad(loss, first, allow_unused=True)
     for name, found in top.items():
         if not len(found.at) and found.a:
             raise UserError(f"gradients of pruned weights of {name!r} cannot be searched: the layer is not called")
@@ -180,33 +180,46 @@ class _Top:
 
 
 @contextmanager
-def _probes(task: Task, top: Mapping[str, _Top]) -> Iterator[None]:
-    """Show each probed layer's weight gradient, some outputs at a time, as the backward pass comes by."""
+def _probes(task: Task, top: Mapping[str, _Top]) -> Iterator[list[Tensor]]:
+    """Show each probed layer's weight gradient, some outputs at a time, as the backward pass comes by.
+
+    Yields a list that fills, in the forward pass, with the outputs that the backward pass has to reach.
+    """
     handles = []
+    first: list[Tensor] = []
     for name, found in top.items():
         layer = task.model.get_submodule(name.rpartition(".")[0])
-        handles.append(layer.register_forward_hook(_Probe(name, found)))
+        handles.append(layer.register_forward_hook(_Probe(name, found, first)))
     try:
-        yield
+        yield first
     finally:
         for handle in handles:
             handle.remove()
 
 
 class _Probe:
-    """Forward hook of a convolution or linear layer: its input and output gradient give the weight gradient."""
+    """Forward hook of a convolution or linear layer: its input and output gradient give the weight gradient.
 
-    def __init__(self, name: str, found: _Top) -> None:
+    first: outputs that no other probed layer's output leads to. They are where gradients begin, so that every later
+    output needs one, without any weight gradient and whatever the model's input is, token indices too.
+    """
+
+    def __init__(self, name: str, found: _Top, first: list[Tensor]) -> None:
         self.name = name
         self.found = found
+        self.first = first
         self.called = False
 
-    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.called:
             raise UserError(f"gradients of pruned weights of {self.name!r} cannot be searched: it is used twice")
         self.called = True
         x = inputs[0].detach()
+        if not output.requires_grad:
+            self.first.append(output.detach().requires_grad_())
+            output = self.first[-1].clone()  # a leaf may not be written to, as by nn.ReLU(inplace=True)
         output.register_hook(lambda dy: self._search(layer, x, dy))  # type: ignore[no-untyped-call]
+        return output
 
     def _search(self, layer: nn.Module, x: Tensor, dy: Tensor) -> None:
         weight = layer.weight

@@ -20,6 +20,7 @@ import fedsparse
 from fedsparse.errors import UserError
 from fedsparse.experiment import from_dict
 from fedsparse.masked import network, score_masked, top_gradients
+from fedsparse.seeding import torch_rng
 from fedsparse.sparse.masks import Mask, compact, whole
 from fedsparse.sparse.program import UnsupportedError
 from fedsparse.sparse.representation import crossovers, executor_for, prepare, program_of, why_dense
@@ -256,6 +257,38 @@ def test_the_largest_gradients_of_a_layer_on_sequences(monkeypatch: pytest.Monke
     (dense,) = torch.autograd.grad(task.loss({**full, "2.weight": leaf}, data.x, data.y, train=True), leaf)
     assert len(at) == 22
     assert torch.allclose(values, dense.flatten()[at.long()], rtol=1e-4, atol=1e-7)
+
+
+class Branches(nn.Module):
+    """Two layers beside each other on embedded tokens, a ReLU in place, and a layer on both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(20, 6)
+        self.left, self.right = nn.Linear(6, 5), nn.Linear(6, 5)
+        self.output = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.words(x).mean(1)
+        return self.output(nn.functional.relu(self.left(x), inplace=True) + self.right(x))
+
+
+def test_the_largest_gradients_of_a_model_of_tokens() -> None:
+    task = Task(Branches(), (7,), 4, seed=0, vocabulary=20)
+    rng = torch_rng(0, "tokens")
+    data = Split(torch.randint(20, (9, 7), generator=rng), torch.randint(4, (9,), generator=rng))
+    mask = {f"{name}.weight": torch.tensor([1, 4], dtype=torch.int32) for name in ("left", "right", "output")}
+    params = compact(task.init_params(), mask)
+    found = top_gradients(task, params, mask, data, dict.fromkeys(mask, 5))
+    full = whole(params, mask, task.shapes)
+    leaves = {name: full[name].clone().requires_grad_() for name in mask}
+    loss = task.loss({**full, **leaves}, data.x, data.y, train=True)
+    for name, dense in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
+        free = dense.flatten().abs()
+        free[mask[name].long()] = 0
+        at, values = found[name]
+        assert set(at.tolist()) == set(free.topk(5).indices.tolist())
+        assert torch.allclose(values, dense.flatten()[at.long()], rtol=1e-4, atol=1e-7)
 
 
 class Odd(nn.Module):
