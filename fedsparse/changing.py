@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
@@ -10,6 +11,8 @@ from fedsparse.errors import UserError
 from fedsparse.globalmask import GlobalMaskStrategy, MaskedState, averaged, check_densities
 from fedsparse.strategy import Reply, State
 from fedsparse.task import Device, Task
+
+_log = logging.getLogger("fedsparse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,8 @@ class ChangingMask(GlobalMaskStrategy):
             raise UserError(f"r_stop is {stop}, beyond the {rounds} rounds")
         if 1 < stop <= delta:
             raise UserError(f"delta_r is {delta} and r_stop {stop}: the mask would never change")
+        if stop == 1 and not self.r_stop:
+            _log.info("the mask never changes in %d rounds unless r_stop is set: by default it is 1 for so few", rounds)
         return delta, stop
 
     def adjusts(self, state: ChangingState, turn: int) -> bool:

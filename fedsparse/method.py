@@ -85,12 +85,17 @@ def build(method: Method, hyper: Mapping[str, Any]) -> FederatedStrategy:
 
 
 def _like(value: Any, default: Any) -> Any:
+    if isinstance(default, str) and isinstance(value, bool):
+        return str(value).lower()  # density_kind = true, which TOML does not read as a word
     return float(value) if isinstance(default, float) and isinstance(value, int) else value
 
 
 def _check_kind(method: str, name: str, value: Any, default: Any) -> None:
-    kinds = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(default, bool)):
+    if isinstance(value, bool):
+        fits = isinstance(default, bool | str)
+    else:
+        fits = isinstance(value, (int, float) if isinstance(default, float) else type(default))
+    if not fits:
         raise UserError(f"{method}.{name} must be {_KINDS[type(default)]}, got {value!r}")
 
 

@@ -165,6 +165,15 @@ def test_layer_counts_and_density_are_constant_on_both_sides() -> None:
     assert max(densities) <= 0.2
 
 
+def test_rounds_too_few_for_a_change_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "fedsparse")
+    assert dst(r_stop=1)[0].schedule(2) == (1, 1)
+    assert dst()[0].schedule(4) == (1, 2)
+    assert not caplog.records
+    assert dst()[0].schedule(2) == (1, 1)
+    assert "the mask never changes in 2 rounds unless r_stop is set" in caplog.text
+
+
 def test_the_schedule() -> None:
     assert dst()[0].schedule(1000) == (15, 500)
     assert dst()[0].schedule(60) == (2, 30)

@@ -22,6 +22,7 @@ from fedsparse.sgd import batches
 from fedsparse.sparse.masks import whole
 from fedsparse.strategy import Plan
 from fedsparse.task import Device, Params, Split, Task
+from strategies.fixed_mask import FixedMask
 from tests.helpers import norm_task, small_clients, small_task
 from tests.test_contract import TASKS, halves, run_method
 
@@ -210,6 +211,14 @@ def test_bytes_of_resnet18_at_one_percent() -> None:
 def test_bad_hyper_parameters_are_refused(hyper: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(load_method("fixed_mask"), hyper)
+
+
+def test_words_that_toml_reads_as_true_or_false_are_words() -> None:
+    strategy = build(load_method("fixed_mask"), {"density_kind": True})
+    assert isinstance(strategy, FixedMask)
+    assert strategy.density_kind == "true"
+    with pytest.raises(UserError, match="unknown criterion 'false'"):
+        build(load_method("fixed_mask"), {"criterion": False})
 
 
 def test_a_density_below_the_exempt_layers_names_the_smallest() -> None:
