@@ -15,28 +15,33 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedsparse.errors import unknown
-from fedsparse.globalmask import MaskedState, kept_counts
+from fedsparse.fixedmask import FixedMaskStrategy
+from fedsparse.globalmask import MaskedState, check_densities, kept_counts
 from fedsparse.seeding import torch_rng
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.pruning import at_random
 from fedsparse.strategy import State
 from fedsparse.task import Device, Params, Task
-from strategies.fixed_mask import FixedMask
 
 VALUES = ("kept", "largest")
 
 
 @dataclass
-class StartValues(FixedMask):
-    """A random mask. draw: which one of many, by the seed. values: "kept", those of the initial model at its positions;
-    "largest", -b or b by their sign, b the layer's largest initial weight."""
+class StartValues(FixedMaskStrategy):
+    """A random mask at given layer densities.
+
+    layer_densities: "uniform", "er" or "erk". draw: which mask of many, by the seed. values: "kept", those of the
+    initial model at its positions; "largest", -b or b by their sign, b the layer's largest initial weight.
+    """
 
     client: ClassVar[str] = "fixed_mask"
+    layer_densities: str = "erk"
     values: str = "kept"
     draw: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_densities(self.density, self.density_kind, self.layer_densities)
         if self.values not in VALUES:
             raise unknown("values", self.values, VALUES)
 

@@ -52,7 +52,7 @@ def slow(values: list[float], rule: Aggregation) -> float:
     return sum(inside) / len(inside)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(1, 9), st.integers(0, 12), st.integers(0, 10_000), st.sampled_from([0.01, 0.1, 0.2, 0.3, 0.49]))
 def test_trimmed_means_are_those_of_sorted_values(clients: int, n: int, seed: int, trim: float) -> None:
     rng = numpy_rng(seed)
@@ -154,7 +154,7 @@ def test_replies_are_copied() -> None:
 # --- clipping --------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 1000), st.floats(0.01, 100))
 def test_an_update_is_clipped_to_its_norm_and_keeps_its_direction(seed: int, clip: float) -> None:
     sent = {n: torch.randn(7, generator=torch_rng(seed, n)) for n in "ab"}

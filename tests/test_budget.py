@@ -252,7 +252,7 @@ def dense_cost(model: nn.Module, equal: str, shape: tuple[int, ...]) -> float:
     return cost.trainable_count(layers) if equal == "parameters" else cost.forward_macs(layers)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.floats(0.02, 1), st.sampled_from(["parameters", "multiply_adds"]))
 def test_the_widest_mlp_that_fits(target: float, equal: str) -> None:
     width, share = narrow_width(mlp, (20,), equal=equal, target=target)

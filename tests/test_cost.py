@@ -337,7 +337,6 @@ def test_the_cost_table_of_fedtiny(resnet: tuple[Layer, ...], density: float, ra
     assert cost.train_flops(resnet, SAMPLES, cut, "paper") == pytest.approx(flops, rel=1e-2)
 
 
-@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(0, 1))
 def test_exact_is_at_most_paper_and_grows_with_density(a: float, b: float) -> None:
     layers = LENET
@@ -377,7 +376,7 @@ def small_chain(out1: int, out2: int, out3: int) -> nn.Sequential:
     return model
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 7), st.integers(1, 11), st.integers(1, 13))
 def test_a_channel_cut_costs_what_the_smaller_model_costs(out1: int, out2: int, out3: int) -> None:
     dense = cost.trace(small_chain(7, 11, 13), (3, 8, 8))
@@ -445,7 +444,6 @@ def ceil_log2(n: int) -> int:
     return math.ceil(math.log2(n)) if n else 0
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.data())
 def test_storage_is_the_cheapest_of_four(rows: int, cols: int, data: st.DataObject) -> None:
     n, b = rows * cols, 32

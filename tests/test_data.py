@@ -74,7 +74,7 @@ def bits(data: FederatedData) -> list[bytes]:
 # Partitions
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     scheme=st.sampled_from(SCHEMES),
     clients=st.integers(1, 8),

@@ -530,7 +530,7 @@ def _hold(exchange: Exchange) -> None:
         except UserError:
             return None
 
-    @settings(max_examples=CASES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=CASES, database=None, suppress_health_check=list(HealthCheck))
     @given(spoilt())
     def check(case: tuple[int, list[tuple[str, int]], bool]) -> None:
         at, reply = spoil(exchange, *case)

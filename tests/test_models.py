@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -97,7 +97,6 @@ def test_parameters_grow_with_width(name: str) -> None:
     assert counts[0] < counts[-1]
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2048))
 def test_groups_divide_the_channels(channels: int) -> None:
     groups = group_count(channels)

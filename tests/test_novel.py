@@ -84,7 +84,7 @@ def dataset(rows: int = 400) -> Dataset:
     return make_dataset("noise", rng.normal(size=(rows, 3)).astype(np.float32), rng.integers(0, 2, rows))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 12), st.floats(0.001, 0.999), st.integers(0, 50))
 def test_a_share_of_the_clients_is_drawn_by_seed(clients: int, share: float, seed: int) -> None:
     config = PartitionConfig(scheme="iid", clients=clients, novel=share)

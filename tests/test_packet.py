@@ -31,7 +31,7 @@ def flower_bytes(records) -> int:
     return sum(len(o.deflate()) for o in get_all_nested_objects(records).values())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(packets())
 def test_packets_survive_and_know_their_size(packet: Packet) -> None:
     records = encode(packet)

@@ -214,7 +214,7 @@ def test_smoothed_importances_are_a_running_mean_and_hold_the_mask_still() -> No
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet18"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(density=st.floats(0.05, 1.0), seed=st.integers(0, 99))
 def test_true_density_is_within_the_budget_in_every_batch(name: str, density: float, seed: int) -> None:
     """Counted here from the masks that the batches really used, gate and forced blocks included."""

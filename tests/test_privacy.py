@@ -330,7 +330,7 @@ def test_with_noise_all_clients_weigh_the_same(case: str) -> None:
     torch.testing.assert_close(moved(before, after), total / len(replies), rtol=1e-3, atol=2e-7)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.integers(0, 10_000), st.sampled_from(["fedavg", "fixed_mask", "pfedgate"]))
 def test_one_client_moves_the_mean_by_no_more_than_its_share(seed: int, case: str) -> None:
     """The sensitivity that the noise is for: a client's update against none of it, whatever the others send."""

@@ -71,7 +71,7 @@ def greedy(
     return chosen
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(1, 5), st.integers(0, 12))
 def test_the_choice_is_the_greedy_one_of_a_loop(seed: int, a: int, b: int, budget: int) -> None:
     rng = torch_rng(seed)

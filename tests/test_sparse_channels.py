@@ -192,7 +192,7 @@ def test_what_a_block_adds_is_the_difference_that_it_makes(name: str) -> None:
             assert added[block] == cut.spent(more, cost) - cut.spent(kept, cost)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data(), st.lists(st.integers(1, 4), min_size=1, max_size=6), st.integers(1, 3), st.integers(1, 3))
 def test_stretches_against_entry_by_entry(data: st.DataObject, sizes: list[int], repeats: int, span: int) -> None:
     kept = data.draw(st.lists(st.booleans(), min_size=len(sizes), max_size=len(sizes)))
@@ -442,7 +442,7 @@ def test_the_network_is_as_before_after_a_call_and_after_a_failed_one() -> None:
         assert all(p is own[n] for n, p in task.model.named_parameters())
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(CASES)), st.floats(0, 1), st.integers(0, 1000), st.sampled_from(COSTS))
 def test_chosen_blocks_fit_and_leave_no_room(name: str, share: float, seed: int, cost: str) -> None:
     cut = make_cut(make_task(name), blocks_per_layer=5)
@@ -460,7 +460,7 @@ def test_chosen_blocks_fit_and_leave_no_room(name: str, share: float, seed: int,
         choose_blocks(cut, importance, {cost: low - 1}, cost)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(CASES)), st.tuples(*[st.floats(0, 1)] * 3), st.integers(0, 1000), st.sampled_from(COSTS))
 def test_all_limits_hold_together(name: str, shares: tuple[float, ...], seed: int, cost: str) -> None:
     """And no block that was left out fits under all of them; against steps one by one, without short cuts."""

@@ -506,7 +506,7 @@ def test_norms_of_inputs_far_from_zero() -> None:
     check(task, draw_mask(task, 0.5), 9, train=True, x=x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.tuples(st.integers(1, 9), st.integers(1, 9)),
     st.tuples(st.integers(1, 4), st.integers(1, 4)),

@@ -464,7 +464,7 @@ def small_models(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     return nn.Sequential(*layers, nn.Linear(features, CLASSES)), shape
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     small_models(),
     st.one_of(st.tuples(st.just("paper"), st.integers(2, 9)), st.tuples(st.just("official"), st.integers(1, 9))),
@@ -525,7 +525,7 @@ def test_with_all_blocks_open_the_bits_are_those_of_plain_training(name: str, la
         assert torch.equal(ours, model(data.x))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.1, 1), st.integers(0, 99), st.sampled_from(["paper", "official"]))
 def test_a_chosen_set_is_within_every_limit(share: float, seed: int, rule: str) -> None:
     """Self-test 3: forced blocks included."""

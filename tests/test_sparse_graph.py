@@ -302,7 +302,7 @@ def test_compact_equals_masked_dense(name: str, seed: int, train: bool) -> None:
     check_against_masked_dense(name, make_kept(CUTS[name], seed), train=train)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(SMALL), st.data())
 def test_compact_equals_masked_dense_for_any_kept_set(name: str, data: st.DataObject) -> None:
     cut = CUTS[name]
@@ -457,7 +457,7 @@ def test_a_block_costs_what_goes_with_it_when_all_others_are_there(name: str) ->
             assert cut.spent(cut.everything, cost) - cut.spent(less, cost) >= cut.weights(cost)[block]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.sampled_from(sorted(CASES)), st.floats(0, 1), st.integers(0, 1000), st.sampled_from(COSTS))
 def test_every_choice_holds_its_limit(name: str, share: float, seed: int, cost: str) -> None:
     cut = CUTS[name]

@@ -305,7 +305,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(cases())
 @example(Case(1, (1, 1), 1, (1, 1), batch=1, pattern="full"))
 @example(Case(1, (1, 1), 2, (7, 7), (3, 3), (3, 3), batch=1, pattern="full"))

@@ -67,7 +67,7 @@ def searched(values: list[float] | Floats, sizes: list[int] | Ints, capacity: in
 
 
 @pytest.mark.parametrize("solver", [knapsack, searched])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(blocks, any_blocks, few_sizes), st.integers(-3, 90))
 def test_as_good_as_the_best_of_all_subsets(
     solver: Callable[..., Bools], items: list[tuple[float, int]], capacity: int
@@ -107,7 +107,7 @@ def test_as_good_as_a_table_over_capacities(
         assert values[taken].sum() == pytest.approx(best, rel=1e-13, abs=1e-12 * values.max())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(st.tuples(st.integers(0, 9), st.sampled_from([3, 4, 7, 9])), min_size=1, max_size=10), st.integers(0, 50)
 )
@@ -163,7 +163,7 @@ def in_turn(keys: list[tuple[float, int]], sizes: list[int], capacity: int) -> l
     return sorted(taken)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.one_of(blocks, any_blocks, few_sizes), st.integers(-3, 90))
 def test_greedy_against_loops_and_never_better_than_exact(items: list[tuple[float, int]], capacity: int) -> None:
     values, sizes = [v for v, _ in items], [s for _, s in items]
@@ -189,7 +189,7 @@ def test_the_solvers_differ() -> None:
 # --- what the official code does -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 10**6), st.sampled_from([0.1, 0.3, 0.5, 0.9, 1.0]), st.sampled_from([0.1, 0.2]))
 def test_the_official_choice_against_loops(seed: int, sparsity: float, floor: float) -> None:
     rng = np.random.default_rng(seed)

@@ -61,7 +61,7 @@ def test_compact_reads_tensors_in_any_layout() -> None:
     assert compact({"w": other}, mask)["w"].tolist() == [1.0, 2.0, 13.0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.data())
 def test_spread_is_the_inverse_of_compact(shape: list[int], data: st.DataObject) -> None:
     size = int(np.prod(shape))
@@ -81,7 +81,7 @@ def test_gradients_flow_through_spread_to_the_values() -> None:
     assert values.grad.tolist() == [1.0, 5.0]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sets(st.integers(0, 20)), st.sets(st.integers(0, 20)))
 def test_carry_against_a_loop(old: set[int], new: set[int]) -> None:
     """A value goes with its position; what was not there is zero; nothing is written into the old values."""

@@ -90,7 +90,7 @@ def test_states_of_stock_apps_come_back(tmp_path: Path) -> None:
 # --- the store -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.tuples(st.sampled_from(["put", "get", "flush"]), st.integers(0, 5), st.integers(0, 99)), max_size=40),
     st.integers(0, 2500),
