@@ -285,9 +285,9 @@ def test_the_largest_gradients_of_a_model_of_tokens() -> None:
     loss = task.loss({**full, **leaves}, data.x, data.y, train=True)
     for name, dense in zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True):
         free = dense.flatten().abs()
-        free[mask[name].long()] = 0
+        free[mask[name].long()] = -1
         at, values = found[name]
-        assert set(at.tolist()) == set(free.topk(5).indices.tolist())
+        assert at.tolist() == sorted(free.argsort(descending=True, stable=True)[:5].tolist())  # of equals the lowest
         assert torch.allclose(values, dense.flatten()[at.long()], rtol=1e-4, atol=1e-7)
 
 
