@@ -223,6 +223,14 @@ def check(
     ]
 
 
+def exceeded(client: int, server_round: int, found: Violation) -> UserError:
+    """What stops a run whose violations are not only recorded."""
+    return UserError(
+        f"client {client}, round {server_round}: {found.what} {found.value:g} exceeds its budget {found.limit:g}"
+        ' (budget.on_over_budget = "record" counts it instead)'
+    )
+
+
 def narrow_width(
     build: Callable[[float], nn.Module],
     input_shape: Sequence[int],

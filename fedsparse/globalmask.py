@@ -22,12 +22,13 @@ from torch import Tensor
 
 from fedsparse import cost
 from fedsparse.aggregation import Aggregation
+from fedsparse.budget import check, exceeded
 from fedsparse.client import Memory, Metrics, SgdClient, check_not_negative, training_facts
 from fedsparse.errors import UserError, unknown
 from fedsparse.masked import score_masked
 from fedsparse.models.norms import norm_names
 from fedsparse.packet import Packet, Scalar
-from fedsparse.seeding import torch_rng
+from fedsparse.seeding import sample_cohort, torch_rng
 from fedsparse.sgd import Fit
 from fedsparse.sparse.masks import Mask, carry
 from fedsparse.sparse.positions import pack_positions, packed_bytes, unpack_positions
@@ -41,7 +42,7 @@ from fedsparse.sparse.pruning import (
     layer_counts,
     weight_budget,
 )
-from fedsparse.strategy import AggregatingStrategy, Reply, State, aggregated, form, misfit
+from fedsparse.strategy import AggregatingStrategy, Plan, Reply, State, aggregated, form, misfit
 from fedsparse.task import Client, Device, Params, Score, Task
 
 _MASK = "mask/"  # before the names of masked weights, in packets and memories
@@ -208,6 +209,29 @@ class GlobalMaskStrategy(AggregatingStrategy):
     @abstractmethod
     def begin(self, task: Task, devices: Sequence[Device]) -> State:
         """``init`` once the density is known."""
+
+    def dense_before(self, cohort: Sequence[Device]) -> Sequence[Device]:
+        """Who of the first exchange's cohort computes with the dense model before round 1."""
+        return ()
+
+    def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
+        """Refuse dense work before round 1 that breaks a budget for certain: on one example, without an optimiser."""
+        super().foresee(task, devices, plan)
+        training = {d.id: d for d in devices if d.id not in plan.novel}
+        if plan.on_over_budget != "stop" or not training:
+            return
+        cohort = [training[i] for i in sample_cohort(sorted(training), plan.fraction, plan.seed, 0)]
+        layers = prunable(task).layers
+        for device in self.dense_before(cohort):
+            found = check(
+                device.budget,
+                density_true=1.0,
+                forward_macs=cost.forward_macs(layers),
+                train_flops=cost.train_flops(layers, 1),
+                memory=cost.memory_bytes(layers, 1, optimizer_copies=0).total,
+            )
+            if found:
+                raise exceeded(device.id, 0, found[0])
 
 
 @dataclass(frozen=True, kw_only=True)

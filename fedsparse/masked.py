@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.grad import conv1d_weight, conv2d_weight
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fedsparse.errors import UserError
+from fedsparse.seeding import torch_rng, torch_seeded
 from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.masks import Mask, spread
 from fedsparse.sparse.representation import executor_for
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 Network = Callable[[Tensor], Tensor]
 Found = dict[str, tuple[Tensor, Tensor]]
 Show = Callable[[int, Tensor], None]
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}  # by dimensions
+_log = logging.getLogger("fedsparse")
 
 
 @contextmanager
@@ -141,8 +146,28 @@ def top_gradients(
                 torch.autograd.grad(loss, first, allow_unused=True)
     for name, found in top.items():
         if not len(found.at) and found.a:
-            raise UserError(f"gradients of pruned weights of {name!r} cannot be searched: the layer is not called")
+            raise UnsearchableError(
+                f"gradients of pruned weights of {name!r} cannot be searched: the layer is not called"
+            )
     return {name: found.result() for name, found in top.items()}
+
+
+class UnsearchableError(UserError):
+    """A layer of which the largest gradients of pruned weights cannot be found."""
+
+
+def check_searchable(task: Task, params: Mapping[str, Tensor], mask: Mask) -> None:
+    """Raise UnsearchableError if :func:`top_gradients` would for a layer in ``mask``: tried on two random examples."""
+    rng = torch_rng(task.seed, "searchable")
+    shape = (2, *task.input_shape)
+    x = torch.randint(task.vocabulary, shape, generator=rng) if task.tokens else torch.randn(shape, generator=rng)
+    try:
+        with torch_seeded(task.seed, "searchable"):  # dropout
+            top_gradients(task, params, mask, Split(x, torch.tensor([0, 1])), dict.fromkeys(mask, 1))
+    except UnsearchableError:
+        raise
+    except UserError as error:  # such as gradients that are not finite: on the clients' examples they may be
+        _log.debug("searching gradients of random examples: %s", error)
 
 
 def _loss_gradient(task: Task, logits: Tensor, y: Tensor) -> Tensor:
@@ -212,7 +237,9 @@ class _Probe:
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.called:
-            raise UserError(f"gradients of pruned weights of {self.name!r} cannot be searched: it is used twice")
+            raise UnsearchableError(
+                f"gradients of pruned weights of {self.name!r} cannot be searched: it is used twice"
+            )
         self.called = True
         x = inputs[0].detach()
         if not output.requires_grad:
@@ -228,19 +255,46 @@ class _Probe:
         step = max(1, SEARCH_PIECE // row)
         if isinstance(layer, nn.Linear):  # positions of a sequence are examples
             x, dy = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1])
-        for start in range(0, len(weight), step):
-            part = dy[:, start : start + step]
-            self.found.show(start * row, _weight_gradient(layer, x, part).reshape(-1))
+            for start in range(0, len(weight), step):
+                self.found.show(start * row, (dy[:, start : start + step].t() @ x).reshape(-1))
+            return
+        if not isinstance(layer, Convolution):
+            raise UnsearchableError(f"gradients of pruned weights of a {type(layer).__name__} cannot be searched")
+        x, padding = _padded(layer, x)
+        for part in _pieces(len(weight), layer.groups, step):
+            self.found.show(part.start * row, _convolution_gradient(layer, x, dy, part, padding).reshape(-1))
 
 
-def _weight_gradient(layer: nn.Module, x: Tensor, dy: Tensor) -> Tensor:
-    """The gradient of the weights that make the outputs ``dy``: (outputs, *row)."""
-    if isinstance(layer, nn.Linear):
-        return dy.t() @ x
-    plain = isinstance(layer, nn.Conv1d | nn.Conv2d) and layer.groups == 1
-    if plain and not isinstance(layer.padding, str) and layer.padding_mode == "zeros":
-        assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-        shape = (dy.shape[1], *layer.weight.shape[1:])
-        grad: Callable[..., Tensor] = conv1d_weight if isinstance(layer, nn.Conv1d) else conv2d_weight
-        return grad(x, shape, dy, layer.stride, layer.padding, layer.dilation)
-    raise UserError(f"gradients of pruned weights of a {type(layer).__name__} cannot be searched")
+def _padded(layer: Convolution, x: Tensor) -> tuple[Tensor, Sequence[int]]:
+    """The input as a convolution padded with zeros sees it, and that padding."""
+    if not isinstance(layer.padding, str) and layer.padding_mode == "zeros":
+        return x, layer.padding
+    sides: list[int] = []  # from the last dimension to the first, before and after
+    for i in reversed(range(len(layer.kernel_size))):
+        if isinstance(layer.padding, str):
+            both = layer.dilation[i] * (layer.kernel_size[i] - 1) if layer.padding == "same" else 0
+            sides += [both // 2, both - both // 2]
+        else:
+            sides += [layer.padding[i]] * 2
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return nn.functional.pad(x, sides, mode), [0] * len(layer.kernel_size)
+
+
+def _pieces(outputs: int, groups: int, step: int) -> Iterator[slice]:
+    """The outputs in pieces of at most ``step``, each of some whole groups or within one."""
+    per = outputs // groups
+    whole = step // per * per
+    for first in range(0, outputs, whole or per):
+        last = min(outputs, first + (whole or per))
+        for start in range(first, last, step):
+            yield slice(start, min(last, start + step))
+
+
+def _convolution_gradient(layer: Convolution, x: Tensor, dy: Tensor, part: slice, padding: Sequence[int]) -> Tensor:
+    """The gradient of the weights that make some outputs, a piece of :func:`_pieces`: (outputs, *row)."""
+    per, inputs = layer.out_channels // layer.groups, layer.in_channels // layer.groups
+    groups = slice(part.start // per, -(-part.stop // per))
+    x, dy = x[:, groups.start * inputs : groups.stop * inputs], dy[:, part]
+    shape = (dy.shape[1], *layer.weight.shape[1:])
+    grad: Callable[..., Tensor] = _GRADIENTS[len(layer.kernel_size)]
+    return grad(x, shape, dy, layer.stride, padding, layer.dilation, groups.stop - groups.start)

@@ -16,6 +16,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedsparse.aggregation import Aggregation
+from fedsparse.budget import exceeded
 from fedsparse.client import ONBOARD, RunWords
 from fedsparse.errors import ClientError, UserError, one_line, shown
 from fedsparse.lent import LentRecords
@@ -513,11 +514,7 @@ class FederatedStrategy(Strategy):
         found = violations(device, row)
         row["over_budget"] = len(found)
         if found and self._session.plan.on_over_budget == "stop":
-            v = found[0]
-            raise UserError(
-                f"client {device.id}, round {server_round}: {v.what} {v.value:g} exceeds its budget {v.limit:g}"
-                ' (budget.on_over_budget = "record" counts it instead)'
-            )
+            raise exceeded(device.id, server_round, found[0])
 
     def _report(self, server_round: int, stage: str, trained: list[Row], seconds: dict[str, float]) -> dict[str, Any]:
         """One line of ``rounds.jsonl``, and the clients' rows under ``rows``."""

@@ -210,6 +210,7 @@ class FedTiny(ChangingMask):
             _log.info("the model has no batch norm: candidates are selected by their loss alone")
         nest = self.nest_every or max(1, round(rounds / 30))
         ready = replace(state, delta_r=delta, r_stop=stop, nest_every=nest)
+        self.check_search(task, ready, *Candidates(dict(state.params), state.shared.mask, state.counts).model(task, 0))
         return self._announced(task, self._chosen(task, ready) if state.stage == "train" else ready)
 
     def _pretrained(self, task: Task) -> Params:
@@ -298,7 +299,9 @@ class FedTiny(ChangingMask):
         if not seen:  # all have failed: the round says why
             return state
         if (statistics := mean.result()) is None:
-            raise UserError("no client's development set is large enough; lower min_development or raise development")
+            raise UserError(
+                "no client's development set has min_development examples; raise development (or lower min_development to 2)"
+            )
         return replace(state, stage="probe", statistics=statistics, informed=informed)
 
     def _probed(self, task: Task, state: FedTinyState, replies: Iterable[Reply]) -> FedTinyState:

@@ -109,8 +109,11 @@ class PruneFL(ChangingMask):
             budget=most_weights(task, self.density, self.density_kind),
         )
 
+    def dense_before(self, cohort: Sequence[Device]) -> Sequence[Device]:
+        return [roomiest(cohort)] if self.initial == "client" else ()
+
     def invited(self, state: State, cohort: Sequence[Device]) -> Sequence[Device]:
-        return [roomiest(cohort)] if state.stage == "prune" else cohort
+        return self.dense_before(cohort) if state.stage == "prune" else cohort
 
     def notes(self, task: Task, devices: Sequence[Device]) -> tuple[str, ...]:
         return (

@@ -68,6 +68,9 @@ class Ssfl(GlobalMaskStrategy):
             task.init_params(), stage, how=how, shared=SharedMask.first({}, task, devices, self.client_config)
         )
 
+    def dense_before(self, cohort: Sequence[Device]) -> Sequence[Device]:
+        return cohort if self.density < 1 else ()
+
     def broadcast(self, state: State, device: Device) -> Packet:
         assert isinstance(state, MaskedState)
         return masked_packet(state.stage, state.params, state.shared, device)

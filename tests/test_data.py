@@ -381,6 +381,10 @@ def test_the_server_keeps_a_balanced_hold_out_that_no_client_has(scheme: str, pa
 def test_a_hold_out_larger_than_the_data_is_refused() -> None:
     with pytest.raises(UserError, match="partition.holdout is 60, but class 0 of .* has 30 training examples"):
         federate(numbered(90, 3), PartitionConfig("iid", 3, holdout=60), 0)
+    with pytest.raises(
+        UserError, match=r"for 3 clients .*; partition.holdout = 28 keeps 84 of 90 examples at the server"
+    ):
+        federate(numbered(90, 3), PartitionConfig("iid", 3, holdout=28), 0)
 
 
 # Another data set at the server

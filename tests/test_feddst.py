@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from clients.feddst import FedDSTClient
 from fedsparse.client import client_app
@@ -312,3 +313,22 @@ def test_values_that_are_not_finite_name_the_client() -> None:
         rounds = strategy.rounds(grid, 3, task=task, devices=[c.device for c in clients], plan=Plan(evaluate_every=0))
         with pytest.raises(ClientError, match="client 1, round 1, stage train: tensor 'fc1.weight' is not finite"):
             next(rounds)
+
+
+@pytest.mark.parametrize("name", ["feddst", "fedtiny"])
+def test_layers_that_cannot_be_searched_are_refused_before_training(name: str) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.again = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.output = nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.output(self.again(self.again(self.first(x))))
+
+    task = Task(Twice(), (6,), 4, seed=0)
+    strategy, _ = halves(name, density=0.5, delta_r=2, r_stop=5)
+    with pytest.raises(UserError, match=r"'again.weight' cannot be searched: it is used twice"):
+        strategy.first_state(task, [Device(0)], Plan(), 9)
+    still, _ = halves(name, density=0.5, r_stop=1)
+    still.first_state(task, [Device(0)], Plan(), 9)

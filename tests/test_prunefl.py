@@ -295,9 +295,16 @@ def test_the_client_of_largest_budget_is_asked_and_an_exceeded_one_stops_the_run
     strategy, _ = prune(initial="client", **SHORT)
     state = started(strategy, task, tuple(clients))
     assert [d.id for d in strategy.invited(state, [c.device for c in clients])] == [1]
+    devices, message = [c.device for c in clients], r"client 1, round 0: density 1 exceeds its budget 0.5"
+    with pytest.raises(UserError, match=message):  # before any work
+        strategy.foresee(task, devices, Plan())
+    strategy.foresee(task, devices, Plan(on_over_budget="record"))
+    strategy.foresee(task, [replace(devices[0], budget=Budget(memory=10**6))], Plan())
+    with pytest.raises(UserError, match=r"client 0, round 0: memory \d+ exceeds its budget 1000 "):
+        strategy.foresee(task, [replace(devices[0], budget=Budget(memory=1000))], Plan())
     with LocalGrid(client_app(task, clients.__getitem__), 3, own_replies=False) as grid:
-        rounds = strategy.rounds(grid, 1, task=task, devices=[c.device for c in clients])
-        with pytest.raises(UserError, match=r"client 1, round 0: density 1 exceeds its budget 0.5"):
+        rounds = strategy.rounds(grid, 1, task=task, devices=devices)
+        with pytest.raises(UserError, match=message):
             next(rounds)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -224,6 +225,23 @@ def test_indices_take_ceil_log2_bits(bits: int) -> None:
     packed = pack_positions(last, size)
     assert len(packed) == min(-(-2 * bits // 8), -(-size // 8))
     assert unpack_positions(packed, size, 2).tolist() == last.tolist()
+
+
+@pytest.mark.parametrize("kept", [106_000, 1_000_000], ids=["indices", "bitmap"])
+def test_packing_takes_little_memory(kept: int) -> None:
+    size = 2_359_296  # the largest layer of ResNet18
+    at = torch.from_numpy(np.sort(np.random.default_rng(0).choice(size, kept, replace=False)).astype(np.int32))
+    tracemalloc.start()
+    packed = pack_positions(at, size)
+    assert tracemalloc.get_traced_memory()[1] < len(packed) + 400_000
+    tracemalloc.stop()
+    bits = np.unpackbits(packed.numpy())
+    if kept > 106_000:
+        assert np.array_equal(np.flatnonzero(bits), at.numpy())
+    else:
+        words = bits[: 22 * kept].reshape(kept, 22) @ (1 << np.arange(21, -1, -1))
+        assert np.array_equal(words, at.numpy())
+    assert torch.equal(unpack_positions(packed, size, kept), at)
 
 
 def test_the_smaller_form_is_taken() -> None:

@@ -30,7 +30,7 @@ from fedsparse.seeding import torch_rng
 from fedsparse.sparse.masks import Mask
 from fedsparse.sparse.pruning import largest_together, prune_in_steps
 from fedsparse.strategy import Plan, Reply
-from fedsparse.task import Client, Device, Params, Split, Task
+from fedsparse.task import Budget, Client, Device, Params, Split, Task
 from tests.helpers import CLASSES, norm_task, small_clients, small_split, small_task
 from tests.test_contract import TASKS, halves, run_method
 
@@ -518,3 +518,13 @@ def test_data_that_give_no_scores_name_the_client(case: str) -> None:
         rounds = strategy.rounds(grid, 1, task=task, devices=[c.device for c in clients])
         with pytest.raises(ClientError, match=f"client 1, round 0, stage score: {message}"):
             next(rounds)
+
+
+def test_ssfl_refuses_clients_that_may_not_hold_the_dense_model_before_they_work() -> None:
+    task, devices = norm_task(), [Device(i, Budget(density=1.0 if i else 0.5)) for i in range(4)]
+    strategy, _ = halves("ssfl", density=0.1)
+    with pytest.raises(UserError, match=r"client 0, round 0: density 1 exceeds its budget 0.5 "):
+        strategy.foresee(task, devices, Plan())
+    strategy.foresee(task, devices, Plan(on_over_budget="record"))
+    strategy.foresee(task, devices[1:], Plan())
+    strategy.foresee(task, devices, Plan(novel=(0,)))  # it is onboarded with the sparse model

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import fedsparse
 from fedsparse.errors import UserError
 from fedsparse.experiment import from_dict
-from fedsparse.masked import network, score_masked, top_gradients
+from fedsparse.masked import check_searchable, network, score_masked, top_gradients
 from fedsparse.seeding import torch_rng
 from fedsparse.sparse.masks import Mask, compact, whole
 from fedsparse.sparse.program import UnsupportedError
@@ -314,27 +314,59 @@ class Odd(nn.Module):
         (Odd(2), "fc.weight", "'fc.weight' cannot be searched: it is used twice"),
         (Odd(0), "fc.weight", "'fc.weight' cannot be searched: the layer is not called"),
         (
-            nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Conv1d(2, 4, 3, padding="same"), nn.Flatten(), nn.Linear(12, 4)),
+            nn.Sequential(nn.Unflatten(1, (2, 3)), nn.ConvTranspose1d(2, 4, 1), nn.Flatten(), nn.Linear(12, 4)),
             "1.weight",
-            "of a Conv1d cannot be searched",
-        ),
-        (
-            nn.Sequential(
-                nn.Unflatten(1, (2, 3)),
-                nn.Conv1d(2, 4, 3, padding=1, padding_mode="circular"),
-                nn.Flatten(),
-                nn.Linear(12, 4),
-            ),
-            "1.weight",
-            "of a Conv1d cannot be searched",
+            "of a ConvTranspose1d cannot be searched",
         ),
     ],
 )
 def test_layers_whose_gradients_cannot_be_searched_are_refused(model: nn.Module, name: str, message: str) -> None:
     task, data = Task(model, (6,), 4, seed=0), small_split(4, "x", shape=(6,))
     mask = {name: torch.tensor([0, 5], dtype=torch.int32)}
+    params = compact(task.init_params(), mask)
     with pytest.raises(UserError, match=message):
-        top_gradients(task, compact(task.init_params(), mask), mask, data, {name: 3})
+        top_gradients(task, params, mask, data, {name: 3})
+    with pytest.raises(UserError, match=message):
+        check_searchable(task, params, mask)
+
+
+def test_whether_gradients_can_be_searched_does_not_hang_on_their_values() -> None:
+    task, mask = conv_task(), half_mask(conv_task())
+    params, before = compact(task.init_params(), mask), torch.get_rng_state()
+    check_searchable(task, params, mask)
+    check_searchable(task, {name: t * float("nan") for name, t in params.items()}, mask)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("piece", [1, 20, 61, 10_000])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"out_channels": 6, "kernel_size": 3, "padding": 1, "groups": 2},
+        {"out_channels": 8, "kernel_size": 3, "padding": (0, 1), "stride": 2, "groups": 4, "bias": False},
+        {"out_channels": 6, "kernel_size": (2, 3), "padding": "same", "dilation": (1, 2)},
+        {"out_channels": 6, "kernel_size": 2, "padding": "valid", "groups": 2},
+        {"out_channels": 6, "kernel_size": 3, "padding": (2, 1), "stride": 2, "padding_mode": "circular"},
+        {"out_channels": 6, "kernel_size": (2, 3), "padding": "same", "groups": 2, "padding_mode": "replicate"},
+    ],
+    ids=["groups", "depthwise", "same", "valid", "circular", "replicate"],
+)
+def test_the_largest_gradients_of_any_convolution(
+    how: dict[str, Any], piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsparse.masked.SEARCH_PIECE", piece)
+    layer = nn.Conv2d(4, **how)
+    features = layer(torch.zeros(1, 4, 5, 6)).numel()
+    task = Task(nn.Sequential(layer, nn.Flatten(), nn.Linear(features, 4)), (4, 5, 6), 4, seed=0)
+    data, mask = small_split(9, "x", shape=(4, 5, 6)), {"0.weight": torch.tensor([3, 11], dtype=torch.int32)}
+    params, pruned = compact(task.init_params(), mask), layer.weight.numel() - 2
+    ((at, values),) = top_gradients(task, params, mask, data, {"0.weight": pruned}).values()
+    full = whole(params, mask, task.shapes)
+    leaf = full["0.weight"].clone().requires_grad_()
+    (dense,) = torch.autograd.grad(task.loss({**full, "0.weight": leaf}, data.x, data.y, train=True), leaf)
+    assert len(at) == pruned
+    assert torch.allclose(values, dense.flatten()[at.long()], rtol=1e-4, atol=1e-7)
 
 
 # --- measuring -------------------------------------------------------------------------------------------------------

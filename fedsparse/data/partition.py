@@ -134,9 +134,15 @@ def federate(dataset: Dataset, config: PartitionConfig, seed: int) -> FederatedD
     notes: list[str] = []
     public = _public(dataset, config, seed) if config.public else None
     held = _held_out(dataset, 0 if public else config.holdout, seed)
-    rows, names = _groups(dataset, config, seed, notes, held)
-    shares = _split(dataset, config, seed, rows, names, notes)
-    kept = _keep(dataset, config, shares, notes)
+    try:
+        rows, names = _groups(dataset, config, seed, notes, held)
+        shares = _split(dataset, config, seed, rows, names, notes)
+        kept = _keep(dataset, config, shares, notes)
+    except UserError as error:
+        if not len(held):
+            raise
+        kept_back = f"partition.holdout = {config.holdout} keeps {len(held)} of {len(dataset)} examples at the server"
+        raise UserError(f"{error}; {kept_back}") from error
     return _assemble(dataset, kept, held, public, _novel(len(kept), config.novel, seed), tuple(notes))
 
 

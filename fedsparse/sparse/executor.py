@@ -174,7 +174,7 @@ class Executor:
         d_logits: from logits to the gradient of the loss. A show gets the first flat position and the gradients from
         there on, in ascending order. Running statistics in ``params`` are updated in place.
         """
-        run = Run(self, params, x, train=True, shows=shows)
+        run = Run(self, params, x, train=True, shows=shows, weights=False)
         run.backward(d_logits(run.forward()))
 
     def layout(self, number: int, n: int, outputs: int = 0) -> Layout:
@@ -208,7 +208,11 @@ class Executor:
 
 
 class Run:
-    """One forward pass over a batch, and the backward pass to it. With ``keep`` false values go as soon as read."""
+    """One forward pass over a batch, and the backward pass to it.
+
+    With ``keep`` false values go as soon as they are read; with ``weights`` false the backward pass leaves out the
+    gradients of dense layers' weights.
+    """
 
     def __init__(
         self,
@@ -219,8 +223,10 @@ class Run:
         train: bool,
         keep: bool = True,
         shows: Mapping[str, Show] | None = None,
+        weights: bool = True,
     ) -> None:
         self.shows = shows or {}
+        self.weights = weights
         self.executor = executor
         self.program = executor.program
         self.buffers = executor.buffers
@@ -573,21 +579,23 @@ class Run:
         source = op.sources[0]
         grad, operand, weight = flow.after_norm(op.target, lines), self._operand(source), self._dense_weight(op)
         d_source = self.buffers.take(operand.raw.shape) if flow.wanted(source) else None
+        d_weight: Tensor | None = None
         if _is_product(op):
             dy = torch.from_numpy(grad).flatten(1)
-            d_weight = dy @ self._matrix(operand).t()
+            d_weight = dy @ self._matrix(operand).t() if self.weights else None
             if d_source is not None:
                 torch.mm(weight.flatten(1).t(), dy, out=torch.from_numpy(d_source).flatten(1))
-        else:
+        elif self.weights or d_source is not None:
             dy = torch.from_numpy(grad).transpose(0, 1).clone(memory_format=torch.contiguous_format)
-            wanted = [d_source is not None, True, False]
+            wanted = [d_source is not None, self.weights, False]
             dx, d_weight, _ = torch.ops.aten.convolution_backward(
                 dy, self._images(operand), weight, None, op.stride, op.padding, op.dilation, False, (0, 0), 1, wanted
             )
             if d_source is not None:
                 d_source[...] = _array(dx.transpose(0, 1))
-        kept = _array(d_weight.flatten())[self.executor.positions(f"{op.name}.weight", weight.numel())]
-        self._note(op, kept, grad.sum((1, 2, 3)) if op.bias else _NONE1, grads)
+        if d_weight is not None:
+            kept = _array(d_weight.flatten())[self.executor.positions(f"{op.name}.weight", weight.numel())]
+            self._note(op, kept, grad.sum((1, 2, 3)) if op.bias else _NONE1, grads)
         self.buffers.give(grad)
         if d_source is not None:
             flow.give(source, d_source)

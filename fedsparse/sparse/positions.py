@@ -19,14 +19,11 @@ def packed_bytes(size: int, kept: int) -> int:
 
 def pack_positions(kept: Tensor, size: int) -> Tensor:
     """(kept,) ascending positions in [0, size) -> (packed_bytes,) uint8, the highest bit first."""
-    positions = kept.numpy().astype(np.int64)
-    if _as_bitmap(size, len(positions)):
-        marks = np.zeros(size, bool)
-        marks[positions] = True
-        return torch.from_numpy(np.packbits(marks))
-    shifts = np.arange(_bits(size) - 1, -1, -1)
-    bits = (positions[:, None] >> shifts) & 1  # (kept, bits)
-    return torch.from_numpy(np.packbits(bits.astype(bool)))
+    positions = kept.numpy()
+    packed = np.empty(packed_bytes(size, len(positions)), np.uint8)
+    write = _write_bitmap if _as_bitmap(size, len(positions)) else _write_indices
+    write(positions, packed, size)
+    return torch.from_numpy(packed)
 
 
 def unpack_positions(packed: Tensor, size: int, kept: int) -> Tensor:
@@ -42,6 +39,27 @@ def unpack_positions(packed: Tensor, size: int, kept: int) -> Tensor:
     if not fits or (kept and int(found[-1]) >= size) or bool((found[1:] <= found[:-1]).any()):
         raise UserError(f"packed positions are not {kept} ascending ones in [0, {size}) without repeats")
     return torch.from_numpy(found)
+
+
+def _write_bitmap(positions: NDArray[np.int32], out: NDArray[np.uint8], size: int) -> None:
+    """In pieces: a bit takes a byte before it is packed."""
+    for start in range(0, len(out), _PIECE):
+        first, marks = 8 * start, np.zeros(min(8 * _PIECE, size - 8 * start), bool)
+        lo = np.searchsorted(positions, np.int32(first))  # of another type all positions would be converted
+        hi = np.searchsorted(positions, np.int32(first + len(marks) - 1), side="right")
+        marks[positions[lo:hi] - first] = True
+        out[start : start + _PIECE] = np.packbits(marks)
+
+
+def _write_indices(positions: NDArray[np.int32], out: NDArray[np.uint8], size: int) -> None:
+    """In pieces, for the same reason."""
+    bits = _bits(size)
+    for start in range(0, len(positions), _PIECE):
+        part = positions[start : start + _PIECE].astype(">i4")
+        ones = np.unpackbits(part.view(np.uint8).reshape(-1, 4), axis=1)[:, 32 - bits :]
+        packed = np.packbits(ones)
+        at = start * bits // 8  # a piece is whole bytes
+        out[at : at + len(packed)] = packed
 
 
 def _read_bitmap(packed: NDArray[np.uint8], out: NDArray[np.int32]) -> bool:
