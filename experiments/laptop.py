@@ -57,6 +57,8 @@ CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|(
 
 # Tuning: the settings of the short runs on validation data, and what is tried in them. ft_lr 0 is lr itself.
 FEW = ("rounds=15", "evaluate.every=15", "fraction=0.1", "evaluate.fraction=0.3")
+OFTEN = ("partition.max_clients=20", "fraction=0.5", "rounds=24", "evaluate.every=24")  # twelve rounds a client
+ONE_MASK = {"mask_scope": "client", "lr": 0.2}
 AS_LONG = ("partition.max_clients=6", "fraction=1.0", "rounds=20", "evaluate.every=20")  # the epochs of a whole run
 TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float | str], ...]]] = {
     "fedavg_ft": (
@@ -75,6 +77,13 @@ TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float | str], ...]]] = 
             *({"lr": lr, "gate_lr": 0.1, "gate_start": 0.9} for lr in (0.1, 0.2)),
             {"mask_scope": "client", "lr": 0.8},
             {"gate_start": 0.9, "lr": 0.2, "gate_lr": 0.1, "mask_scope": "client"},
+        ),
+    ),
+    "pfedgate_0.3": (  # gates learn slowly: longer runs, of fewer clients
+        OFTEN,
+        (
+            *({**ONE_MASK, "gate_lr": gate_lr} for gate_lr in (0.1, 1, 10)),
+            *({**ONE_MASK, "gate_lr": gate_lr, "class_gates": "true"} for gate_lr in (0.1, 1, 3, 10)),
         ),
     ),
 }

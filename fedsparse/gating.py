@@ -166,8 +166,9 @@ class GatedClient(SgdClient):
     norm. gate_pool: pool the gate's input to that many positions a side, 0 = not. gate_pre_norm, gate_post_norm,
     gate_bound: the gate's layers. gate_start: about what M is before the gate is trained, in (0, 1). gate_input:
     "batch", or "client" for the mean of all local inputs.
-    blocks_per_layer, max_block_frac, least, uncut: the cut. cost: what the knapsack counts, "auto" = what the budget
-    limits. solver: of the knapsack. straight_through: "full" (auto in mode paper) or "kept".
+    blocks_per_layer, max_block_frac, least, uncut: the cut. class_gates: scale each class by a gate of its own, which
+    drops none (mode structural; flat cuts weigh chunks of the classifier anyway). cost: what the knapsack counts,
+    "auto" = what the budget limits. solver: of the knapsack. straight_through: "full" (auto in mode paper) or "kept".
     mask_scope: a kept set for each "batch", each "round" (chosen at the end of the client's last one) or each "client"
     (fixed after ``settle`` of its rounds). download: all of the model, what "changed" since the client's copy, or what
     the client has "kept". inference: one mask a "client" (auto), a "batch" (auto in mode official) or a "sample".
@@ -192,6 +193,7 @@ class GatedClient(SgdClient):
     max_block_frac: float = MAX_BLOCK_FRAC
     least: float = LEAST
     uncut: str = "refuse"
+    class_gates: bool = False
     cost: str = "auto"
     solver: str = "exact"
     straight_through: str = "auto"
@@ -235,6 +237,8 @@ class GatedClient(SgdClient):
             raise UserError('share_pre_norm needs branches = "separate"')
         if self.open_gate and self.download == "kept":
             raise UserError('open_gate keeps every block; download = "kept" needs a gate')
+        if self.class_gates and self.mode != "structural":
+            raise UserError(f'class_gates needs mode = "structural", got mode = {self.mode!r}')
         if self.relu_logits and not official:
             raise UserError('relu_logits is the official code\'s; it needs mode = "official"')
         if official and fixed:
@@ -267,7 +271,7 @@ class GatedClient(SgdClient):
             start=self.gate_start,
         )
         keep = self.uncut == "keep"
-        return Layout(self.mode, self.blocks_per_layer, self.max_block_frac, self.least, keep, gate)
+        return Layout(self.mode, self.blocks_per_layer, self.max_block_frac, self.least, keep, self.class_gates, gate)
 
     @property
     def inference_mode(self) -> str:

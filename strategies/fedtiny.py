@@ -300,7 +300,8 @@ class FedTiny(ChangingMask):
             return state
         if (statistics := mean.result()) is None:
             raise UserError(
-                "no client's development set has min_development examples; raise development (or lower min_development to 2)"
+                "no client's development set has min_development examples; raise development, or lower min_development"
+                " (2 or more)"
             )
         return replace(state, stage="probe", statistics=statistics, informed=informed)
 

@@ -39,7 +39,7 @@ class Layout:
 
     mode: one of MODES. blocks_per_layer: groups of a space, or chunks of a tensor. max_block_frac: largest share of the
     model in one group (structural). least: share of each tensor in the first chunk (paper). keep_uncuttable: keep what
-    cannot be cut whole, instead of refusing it (structural).
+    cannot be cut whole, instead of refusing it (structural). class_gates: scale each class by a gate (structural).
     """
 
     mode: str = "structural"
@@ -47,6 +47,7 @@ class Layout:
     max_block_frac: float = MAX_BLOCK_FRAC
     least: float = LEAST
     keep_uncuttable: bool = False
+    class_gates: bool = False
     gate: GateOptions = field(default_factory=GateOptions)
 
 
@@ -205,6 +206,7 @@ def gated_model(task: Task, layout: Layout) -> Gated:
             blocks_per_layer=layout.blocks_per_layer,
             max_block_frac=layout.max_block_frac,
             keep_uncuttable=layout.keep_uncuttable,
+            class_gates=layout.class_gates,
         )
     else:
         cut = flat_cut(

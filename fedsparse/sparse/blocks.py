@@ -42,12 +42,14 @@ _BATCH = 32  # examples; where a unit has fewer weights than outputs in a batch,
 class Space:
     """Units that fall into groups. bounds: first unit of each group, then the number of units.
 
-    first_block: index of group 0 among the cut's blocks. name: the layer that writes it first.
+    first_block: index of group 0 among the cut's blocks. name: the layer that writes it first. scaled: no group is ever
+    dropped.
     """
 
     name: str
     bounds: tuple[int, ...]
     first_block: int
+    scaled: bool = False
 
     @property
     def units(self) -> int:
@@ -104,7 +106,8 @@ class GroupCut(Cut):
     @cached_property
     def forced(self) -> Bools:  # type: ignore[override]
         mask = np.zeros(self.blocks, bool)
-        mask[[space.first_block for space in self.spaces]] = True
+        for space in self.spaces:
+            mask[space.members if space.scaled else space.first_block] = True
         return mask
 
     @cached_property
@@ -349,28 +352,33 @@ def structural_cut(
     blocks_per_layer: int = BLOCKS_PER_LAYER,
     max_block_frac: float = MAX_BLOCK_FRAC,
     keep_uncuttable: bool = False,
+    class_gates: bool = False,
 ) -> GroupCut:
     """Cut the spaces of a model into groups of near-equal size.
 
     A space gets ``blocks_per_layer`` groups, or as many as it takes until no block's nominal size exceeds
     ``max_block_frac`` of the model's trainable scalars; groups of a convolution are multiples of ALIGN channels where
     that leaves four of them and ``blocks_per_layer`` is at most ALIGN. input_shape: of one example, of int64 if
-    ``tokens``. keep_uncuttable: keep whole, without a gate, what cannot be cut. Raises UserError, naming the layer, for
-    what cannot be cut otherwise, and for a model of which nothing is left to cut.
+    ``tokens``. keep_uncuttable: keep whole, without a gate, what cannot be cut. class_gates: each class, which is never
+    dropped, has a gate too. Raises UserError, naming the layer, for what cannot be cut otherwise, for a model of which
+    nothing is left to cut, and for logits that cannot be scaled.
     """
     if blocks_per_layer < 1 or not 0 < max_block_frac <= 1:
         raise UserError(
             "blocks_per_layer must be at least 1 and max_block_frac in (0, 1], "
             f"got {blocks_per_layer} and {max_block_frac}"
         )
-    found = find_spaces(model, tuple(input_shape), tokens=tokens, keep=keep_uncuttable)
+    found = find_spaces(model, tuple(input_shape), tokens=tokens, keep=keep_uncuttable, class_gates=class_gates)
     limit = max_block_frac * sum(t.numel for t in found.tensors if t.trainable)
     spaces: list[Space] = []
     block = 0
-    for i, (name, units, multiple) in enumerate(found.spaces):
-        multiple = _aligned(model.get_submodule(name), units, multiple, blocks_per_layer)
-        bounds = _group_bounds(units, found.row(i), multiple, blocks_per_layer, limit)
-        spaces.append(Space(name, bounds, block))
+    for i, (name, units, multiple, scaled) in enumerate(found.spaces):
+        if scaled:
+            bounds = tuple(range(0, units + 1, multiple))
+        else:
+            multiple = _aligned(model.get_submodule(name), units, multiple, blocks_per_layer)
+            bounds = _group_bounds(units, found.row(i), multiple, blocks_per_layer, limit)
+        spaces.append(Space(name, bounds, block, scaled))
         block += spaces[-1].groups
     macs = sum(layer.macs for layer in trace(model, input_shape, tokens=tokens))
     macs -= sum(t.uses * t.numel for t in found.tensors)

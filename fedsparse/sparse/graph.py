@@ -13,15 +13,18 @@ from fedsparse.sparse.program import UnsupportedError, traced
 from fedsparse.sparse.reader import NORMS, Act, Reader, UncutError, Value, acts_in, cannot_cut
 from fedsparse.sparse.reader_layers import LAYERS, WRITERS
 from fedsparse.sparse.reader_operations import FUNCTIONS, METHODS, MODULES
-from fedsparse.sparse.spaces import Found
+from fedsparse.sparse.spaces import Axis, Found
 from fedsparse.threads import one_thread
 
 
-def find_spaces(model: nn.Module, input_shape: tuple[int, ...], *, tokens: bool, keep: bool) -> Found:
+def find_spaces(
+    model: nn.Module, input_shape: tuple[int, ...], *, tokens: bool, keep: bool, class_gates: bool = False
+) -> Found:
     """The spaces of a model that takes (n, *input_shape), of int64 if ``tokens``.
 
-    The space of the logits stays whole. keep: so do those that reach something that cannot be cut; else raises
-    UserError, naming it. Raises UserError for a model that cannot be traced or has no space that could be cut.
+    The space of the logits stays whole; with ``class_gates`` its units are scaled, none is dropped. keep: those stay
+    whole that reach something that cannot be cut; else raises UserError, naming it. Raises UserError for a model that
+    cannot be traced or has no space that could be cut, and for logits that cannot be scaled.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if len(names) > sum(1 for _ in model.parameters()):
@@ -33,8 +36,13 @@ def find_spaces(model: nn.Module, input_shape: tuple[int, ...], *, tokens: bool,
     reader = Reader(model, _shapes(model, graph, input_shape, tokens=tokens))
     after = _after_logits(reader, graph)
     for node in graph.nodes:
-        _read(reader, node, after)
-    return reader.result(keep=keep)
+        _read(reader, node, after, class_gates)
+    found = reader.result(keep=keep)
+    if class_gates and not any(scaled for *_, scaled in found.spaces):
+        raise UserError(
+            "class_gates = true needs logits that come from a linear layer or a convolution, with nothing after it"
+        )
+    return found
 
 
 class _Shapes(fx.Interpreter):
@@ -87,7 +95,7 @@ def _after_logits(reader: Reader, graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def _read(reader: Reader, node: fx.Node, after: set[fx.Node]) -> None:
+def _read(reader: Reader, node: fx.Node, after: set[fx.Node], class_gates: bool) -> None:
     """Read one node; what cannot be cut is noted with the spaces that it reaches, except behind the logits."""
     if node.op in ("placeholder", "get_attr"):
         reader.values[node] = None
@@ -95,7 +103,10 @@ def _read(reader: Reader, node: fx.Node, after: set[fx.Node]) -> None:
     acts = [act for source in node.all_input_nodes for act in acts_in(reader.values[source])]
     if node.op == "output":
         for act in acts:
-            reader.pin(act.space)
+            if class_gates and act.axis == Axis(act.space):
+                reader.only_scale(act.space)
+            else:
+                reader.pin(act.space)
         return
     try:
         reader.values[node] = _step(reader, node, acts)

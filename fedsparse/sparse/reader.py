@@ -2,7 +2,8 @@
 
 A layer that computes (convolution, linear, embedding, recurrent) writes a new space of units; norms, activations, pools
 and flattening hand a space on; an addition makes one space of two. What is dropped from a space is nothing downstream,
-so only operations that keep channels apart and 0 at 0 may read it. Spaces that must stay whole are *pinned*.
+so only operations that keep channels apart and 0 at 0 may read it. Spaces that must stay whole are *pinned*, or *only
+scaled*: the classes.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class _Space:
     parent: int
     multiple: int = 1
     pinned: bool = False
+    scaled: bool = False
 
 
 @dataclass
@@ -111,10 +113,15 @@ class Reader:
             other.parent = first
             one.multiple = math.lcm(one.multiple, other.multiple)
             one.pinned |= other.pinned
+            one.scaled |= other.scaled
 
     def pin(self, space: int) -> None:
         """Keep a space whole."""
         self._spaces[self._root(space)].pinned = True
+
+    def only_scale(self, space: int) -> None:
+        """Keep all units of a space, each with a gate."""
+        self._spaces[self._root(space)].scaled = True
 
     def bind(self, space: int, multiple: int) -> None:
         """Let all bounds of a space be multiples."""
@@ -168,11 +175,11 @@ class Reader:
         for space in {space for _, reached in self._culprits for space in reached} - {_NOWHERE}:
             self.pin(space)
         free = [i for i, space in enumerate(self._spaces) if space.parent == i and not space.pinned]
-        if not free:
+        if all(self._spaces[i].scaled for i in free):
             raise cannot_cut("this model: nothing is left" if self._culprits else "a model without a hidden layer")
         number = {i: free.index(self._root(i)) for i in range(len(self._spaces)) if self._root(i) in free}
         return Found(
-            tuple((self._spaces[i].name, self._spaces[i].units, self._spaces[i].multiple) for i in free),
+            tuple((s.name, s.units, s.multiple, s.scaled) for s in map(self._spaces.__getitem__, free)),
             tuple(_numbered(t, number) for t in self._all_tensors()),
             _numbered_gates(self._outputs.values(), number),
             _numbered_gates(self.weights_gated, number),

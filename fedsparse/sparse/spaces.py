@@ -90,10 +90,10 @@ class Counter:
 class Found:
     """What a model consists of; see :class:`fedsparse.sparse.blocks.GroupCut`.
 
-    spaces: (first layer that writes it, units, of which all bounds must be multiples).
+    spaces: (first layer that writes it, units, of which all bounds must be multiples, whether it is only scaled).
     """
 
-    spaces: tuple[tuple[str, int, int], ...]
+    spaces: tuple[tuple[str, int, int, bool], ...]
     tensors: tuple[CutTensor, ...]
     outputs: tuple[Gated, ...]
     weights_gated: tuple[Gated, ...]
