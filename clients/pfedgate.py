@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,7 +99,8 @@ class PFedGateClient(GatedClient):
     ) -> tuple[Packet, Memory]:
         scene = self._scene(task, client, packet, memory)
         choice, work, gate = self._choice(scene), self._work(scene), self._gate(scene)
-        account = Account(scene.gated, self.batch_size, self.copies, not self.open_gate, self._held(scene.gated))
+        gated, batch = scene.gated, self.batch_size
+        account = Account(gated, batch, self.copies, not self.open_gate, self._held(gated), self._waiting(gated))
         self._fit(scene, choice, work, gate, account, rng, self.epochs)
         work.flush()
         tensors = {"values": work.values(), "touched": pack_bits(work.touched)}
@@ -268,6 +270,10 @@ class PFedGateClient(GatedClient):
             return None
         return gated.cut.spent(gated.cut.everything) * (2 if self.download == "changed" else 1)
 
+    def _waiting(self, gated: Gated) -> int:
+        """Scalars of the momentum that waits for weights that leave the part in use (in flat modes none leave)."""
+        return 0 if gated.flat or self.open_gate else self.copies * gated.dense
+
     def _remembered(self, scene: _Scene, choice: Choice, work: Working, gate: _Gate, account: Account) -> Memory:
         kept: Memory = {}
         if self.download == "changed":
@@ -278,9 +284,15 @@ class PFedGateClient(GatedClient):
         kept["mask/used"] = torch.from_numpy(account.used / max(1, account.steps)).float()
         if self.mode == "official" and isinstance(work, FlatModel):
             kept |= {f"velocity/{i:03d}": t.cpu() for i, t in enumerate(work.velocity)}
+            kept["mask/ever"] = pack_bits((account.used > 0) | self._ever(scene))  # what is touched does not tell: all
         if self.mask_scope != "batch":
             kept |= self._next_mask(scene, choice, gate)
         return kept
+
+    def _ever(self, scene: _Scene) -> Bools:
+        """(L,) the blocks that the client has used in its rounds before."""
+        blocks, known = scene.gated.cut.blocks, scene.memory.get("mask/ever")
+        return np.zeros(blocks, bool) if known is None else unpack_bits(known, blocks)
 
     def _gate_memory(self, gate: _Gate) -> Memory:
         smoothed = {"mask/scores": gate.scores} if self.score_smoothing and gate.scores is not None else {}

@@ -59,6 +59,7 @@ CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|(
 FEW = ("rounds=15", "evaluate.every=15", "fraction=0.1", "evaluate.fraction=0.3")
 OFTEN = ("partition.max_clients=20", "fraction=0.5", "rounds=24", "evaluate.every=24")  # twelve rounds a client
 ONE_MASK = {"mask_scope": "client", "lr": 0.2}
+STEEP = {"momentum": 0.9, "lr": 0.03, "gate_lr": 1.5}  # the paper's rates, its code's momentum
 AS_LONG = ("partition.max_clients=6", "fraction=1.0", "rounds=20", "evaluate.every=20")  # the epochs of a whole run
 TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float | str], ...]]] = {
     "fedavg_ft": (
@@ -84,6 +85,10 @@ TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float | str], ...]]] = 
         (
             *({**ONE_MASK, "gate_lr": gate_lr} for gate_lr in (0.1, 1, 10)),
             *({**ONE_MASK, "gate_lr": gate_lr, "class_gates": "true"} for gate_lr in (0.1, 1, 3, 10)),
+            {**STEEP, "gate_start": 0.5},
+            {**STEEP, "gate_start": 0.5, "class_gates": "true"},
+            {**STEEP, "gate_start": 0.5, "class_gates": "true", "mask_scope": "client"},
+            *({**STEEP, "class_gates": "true", "mask_scope": "client", "gate_lr": gate_lr} for gate_lr in (0.1, 1.5)),
         ),
     ),
 }

@@ -171,7 +171,8 @@ class GatedClient(SgdClient):
     "auto" = what the budget limits. solver: of the knapsack. straight_through: "full" (auto in mode paper) or "kept".
     mask_scope: a kept set for each "batch", each "round" (chosen at the end of the client's last one) or each "client"
     (fixed after ``settle`` of its rounds). download: all of the model, what "changed" since the client's copy, or what
-    the client has "kept". inference: one mask a "client" (auto), a "batch" (auto in mode official) or a "sample".
+    the client has "kept". inference: one mask a "client" (auto), a "batch" (auto in mode official, if gate_input is
+    "batch") or a "sample".
     score: "learned" importances, or random ones as a control; score_smoothing: how much of a block's importance comes
     from the batches before, in [0, 1); score_noise: standard deviation of what is added to it in training.
     relu_logits: the official code's ReLU on the logits. open_gate: keep every block at gate value 1, no gate: FedAvg.
@@ -252,6 +253,11 @@ class GatedClient(SgdClient):
                 'download = "kept" needs mask_scope "round" or "client": with one mask a batch the server cannot know'
                 " which blocks the client will use"
             )
+        if self.gate_input == "client" and self.inference in ("batch", "sample"):
+            raise UserError(
+                f'inference = {self.inference!r} needs gate_input = "batch": with "client" the gate sees the mean of'
+                " the local inputs alone"
+            )
         if fixed and self.inference in ("batch", "sample"):
             raise UserError(f'inference = {self.inference!r} needs mask_scope = "batch", got {self.mask_scope!r}')
         if fixed and self.score == "random_batch":
@@ -278,7 +284,7 @@ class GatedClient(SgdClient):
         """How clients are evaluated: "client", "batch" or "sample"."""
         if self.inference != "auto":
             return self.inference
-        return "batch" if self.mode == "official" else "client"
+        return "batch" if self.mode == "official" and self.gate_input == "batch" else "client"
 
     @property
     def copies(self) -> int:

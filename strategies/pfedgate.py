@@ -22,7 +22,7 @@ from torch import Tensor
 from fedsparse.errors import UserError, shown, unknown
 from fedsparse.gating import GatedClient
 from fedsparse.method import load_client
-from fedsparse.models.gated import GATE_SHARE, Gated, fitted, gated_model
+from fedsparse.models.gated import GATE_SHARE, Gated, fitted, gated_model, knapsack_cost
 from fedsparse.packet import Packet, Scalar
 from fedsparse.replies import LARGEST_WEIGHT, is_number
 from fedsparse.seeding import numpy_rng
@@ -143,9 +143,15 @@ class PFedGate(AggregatingStrategy):
                 ' method.gate_pool or method.branches = "shared"'
             )
         kinds = _kinds(devices)
+        self._check_scope(half, kinds)
         limited = [half.choice(gated, d, d.budget.density).limits for d in kinds]
         if half.cost != "auto" and not any(half.cost in limits for limits in limited):
             raise UserError(f"cost = {half.cost!r} needs devices with a budget of it (budget.of, budget.table)")
+        for device in kinds:
+            half.choice(gated, device, device.budget.density).first()
+
+    def _check_scope(self, half: GatedClient, kinds: Sequence[Device]) -> None:
+        """Refuse budgets that the mode, the mask scope or the download cannot promise to meet."""
         for device in kinds:
             budget = device.budget
             if budget.memory is not None and half.mode != "structural":
@@ -161,7 +167,6 @@ class PFedGate(AggregatingStrategy):
                     f'client {device.id} has a budget for its upload, which mask_scope = "batch" cannot promise (every'
                     ' batch has its own blocks); use mask_scope = "round" or "client"'
                 )
-            half.choice(gated, device, budget.density).first()
 
     def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
         """Refuse what would break a budget in every round, unless violations are only to be recorded."""
@@ -212,12 +217,17 @@ class PFedGate(AggregatingStrategy):
             return ""
         named = {"density": budget.density, "multiply-adds": budget.forward_macs, "memory": budget.memory}
         what = ", ".join(f"{v:g} of {k}" for k, v in {**named, "upload": budget.bytes_up}.items() if v is not None)
-        sizes = gated.cut.weights("parameters")[free & ~kept[0]]
-        return (
-            f"a budget ({what}) leaves no choice: random importances all keep the same blocks; the smallest one that is"
-            f" dropped has {sizes.min()} parameters, smaller ones would do (method.blocks_per_layer,"
-            " method.max_block_frac)"
-        )
+        same = f"a budget ({what}) leaves no choice: random importances all keep the same blocks"
+        remedy = "method.blocks_per_layer and method.max_block_frac make smaller ones"
+        if not choice.limits:
+            return f"{same}; {remedy}"
+        cost = knapsack_cost(choice.cost, choice.limits)
+        left = choice.limits[cost] - gated.cut.spent(kept[0], cost)
+        least = gated.cut.added(kept[0], cost)[~kept[0]].min()
+        unit = cost.replace("_", "-")
+        if left >= least:  # another limit binds
+            return f"{same}; {remedy}"
+        return f"{same}, which leave {left} {unit}, and the smallest dropped one takes {least:.0f}; {remedy}"
 
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         return replace(_gate(state), rounds=rounds)
@@ -340,12 +350,19 @@ class PFedGate(AggregatingStrategy):
         return {
             "distinct": len({m.tobytes() for m in masks}),
             "mean_overlap": _overlap(np.array(masks)),
-            "never_trained": 1 - float(cut.blocks_of(state.trained.numpy()).mean()),
+            "never_trained": 1 - float(self._trained(state, [memories[c.id] for c in known]).mean()),
             "agreement": sum(agreements) / len(agreements) if half.inference_mode == "client" else None,
             "gate_share": self.gated.gate_size / self.gated.dense,
             "inference": half.inference_mode,
             "of_clients": len(known),
         }
+
+    def _trained(self, state: GateState, memories: Iterable[Mapping[str, Tensor]]) -> Bools:
+        """(L,) the blocks that some client has trained; in mode official, which moves all of them, that one of these
+        clients has used."""
+        cut = self.gated.cut
+        used = [unpack_bits(memory["mask/ever"], cut.blocks) for memory in memories if "mask/ever" in memory]
+        return np.any(used, axis=0) if used else cut.blocks_of(state.trained.numpy())
 
 
 def _drawn(clients: Sequence[Client], known: Container[int], seed: int) -> list[Client]:

@@ -20,7 +20,7 @@ from fedsparse.errors import UserError
 from fedsparse.experiment import from_dict
 from fedsparse.models import build_model
 from fedsparse.models import gated as gated_module
-from fedsparse.models.gated import Gated, gated_model
+from fedsparse.models.gated import Gated, Layout, gated_model
 from fedsparse.packet import Packet, decode, encode, same
 from fedsparse.runner import run
 from fedsparse.seeding import torch_rng
@@ -541,6 +541,8 @@ def test_a_client_that_was_away_catches_up() -> None:
         ({"open_gate": True, "mask_scope": "round", "download": "kept"}, "open_gate keeps every block"),
         ({"gate_lr": float("inf")}, "gate_lr must be at least 0, got inf"),
         ({"score": "random_batch", "mask_scope": "client"}, 'score = "random_batch" needs mask_scope = "batch"'),
+        ({"gate_input": "client", "inference": "sample"}, "inference = 'sample' needs gate_input = \"batch\""),
+        ({"class_gates": True, "mode": "paper"}, "class_gates needs mode = \"structural\", got mode = 'paper'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, object], message: str) -> None:
@@ -560,6 +562,10 @@ def test_what_cannot_work_is_refused_before_round_one() -> None:
     for options in ({}, {"mask_scope": "round"}):
         with pytest.raises(UserError, match="client 4 has a memory budget"):
             PFedGate(client_config=options).init(make_task("cnn"), [memory])
+    with pytest.raises(UserError, match="client 4 has a memory budget: with mask_scope = 'batch'"):  # and far too small
+        PFedGate().init(make_task("cnn"), [Device(4, Budget(memory=10))])
+    with pytest.raises(UserError, match="client 5 has a budget for its upload"):
+        PFedGate().init(make_task("cnn"), [Device(5, Budget(bytes_up=10))])
     with pytest.raises(UserError, match='client 4 has a memory budget, which needs mode = "structural"'):
         PFedGate(client_config={"mode": "paper"}).init(make_task("cnn"), [memory])
     with pytest.raises(UserError, match="schedule = 'linear' needs budgets of density"):
@@ -599,7 +605,18 @@ def test_notes_name_a_heavy_gate_and_budgets_without_a_choice() -> None:
     official = PFedGate(client_config={"mode": "official"})
     official.init(task, devices)
     (note,) = official.notes(task, devices)
-    assert note.startswith("a budget (0.3 of density) leaves no choice: random importances all keep the same blocks")
+    assert note == (
+        "a budget (0.3 of density) leaves no choice: random importances all keep the same blocks;"
+        " method.blocks_per_layer and method.max_block_frac make smaller ones"
+    )
+    coarse = PFedGate(client_config={"gate_pool": 7, "blocks_per_layer": 2, "max_block_frac": 1.0})
+    coarse.init(task, devices)
+    (note,) = coarse.notes(task, devices)
+    cut, half = coarse.gated.cut, coarse._half
+    kept = half.choice(coarse.gated, devices[0], 0.3).first()
+    left = int(0.3 * coarse.gated.dense) - coarse.gated.gate_size - cut.spent(kept)
+    more = [cut.spent(kept | (np.arange(cut.blocks) == i)) - cut.spent(kept) for i in np.flatnonzero(~kept)]
+    assert f"which leave {left} parameters, and the smallest dropped one takes {min(more)};" in note
     server = PFedGate(client_config={"gate_pool": 7})
     server.init(task, devices)
     assert server.notes(task, devices) == ()
@@ -812,6 +829,23 @@ def test_memory_counts_the_gates_activations_and_the_packet() -> None:
         assert reply.scalars["memory"] <= memory
 
 
+def test_in_mode_official_what_no_client_has_used_counts_as_never_trained() -> None:
+    """Its momentum moves, and its clients send, every block."""
+    task = make_task("cnn")
+    clients = [make_client(task, i, 0.3) for i in range(2)]
+    options = {"mode": "official", "blocks_per_layer": 3, "momentum": 0.9}
+    server, state, memories, _ = play(task, clients, 1, **options)
+    assert state.trained.all()
+    last = [memories[i]["mask/used"].numpy() > 0 for i in range(2)]
+    found = server.diagnose(task, state, clients, memories)["never_trained"]
+    assert found == 1 - np.any(last, axis=0).mean() > 0
+    for i in range(2):  # a block that was used once stays known
+        memories[i]["mask/ever"] = pack_bits(np.ones(server.gated.cut.blocks, bool))
+        packet = server.broadcast(state, clients[i].device)
+        _, memories[i] = train(task, clients[i], packet, memories[i], **options)
+    assert server.diagnose(task, state, clients, memories)["never_trained"] == 0
+
+
 def test_diagnostics_of_many_clients_look_at_some_and_compare_them_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task("cnn")
     clients = [make_client(task, i, 0.5) for i in range(5)]
@@ -843,3 +877,64 @@ def test_diagnostics_count_masks_overlap_and_what_was_never_trained() -> None:
     fresh = server.diagnose(task, state, clients, {i: {} for i in range(4)})
     assert fresh == {}
     assert pack_bits(masks[0]).dtype == torch.uint8
+
+
+# --- gates of classes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["batch", "client"])
+def test_gates_of_classes_learn_and_drop_none(scope: str) -> None:
+    task = make_task("cnn")
+    clients = [make_client(task, i, 0.5) for i in range(3)]
+    server, state, memories, replies = play(task, clients, 3, class_gates=True, mask_scope=scope, download="changed")
+    cut = server.gated.cut
+    plain = gated_of(task).cut
+    assert cut.blocks == plain.blocks + task.classes and cut.spent(cut.everything) == plain.spent(plain.everything)
+    assert cut.forced[plain.blocks :].all() and not cut.forced[: plain.blocks].all()
+    half = half_of(class_gates=True, mask_scope=scope, download="changed")
+    gates = []
+    for client in clients:
+        packet = server.broadcast(state, client.device)
+        kept, values = half.deployed(task, client, packet, memories[client.id])
+        assert kept[plain.blocks :].all()
+        gates.append(values[plain.blocks :])
+        assert half.evaluate(task, client, packet, memories[client.id])["personal"].n == len(client.held_out)
+    assert not torch.equal(gates[0], gates[1]) and len(set(gates[0].tolist())) == task.classes
+    assert all(r.scalars["density_true"] <= 0.5 for r in replies)
+
+
+def test_logits_that_cannot_be_scaled_are_refused() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4), torch.nn.LogSoftmax(1))
+    task = Task(model, (6,), 4, seed=0)
+    PFedGate().init(task, [Device(0)])
+    with pytest.raises(UserError, match="class_gates = true needs logits that come from a linear layer"):
+        PFedGate(client_config={"class_gates": True}).init(task, [Device(0)])
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_momentum_that_waits_counts_once_the_part_in_use_changes() -> None:
+    task, client = make_task("cnn"), make_client(make_task("cnn"), 0, 0.5)
+    for scope, score in (("batch", "random_batch"), ("round", "random_client")):
+        said = [train(task, client, mask_scope=scope, score=score, momentum=m)[0].scalars for m in (0.0, 0.9)]
+        gated = gated_of(task)
+        in_use = 4 * (said[0]["density_true"] * gated.dense)  # of the momentum of what is in use, gate included
+        waits = 4 * gated.dense if scope == "batch" else 0
+        assert said[1]["memory"] - said[0]["memory"] == pytest.approx(in_use + waits, rel=0.2 if waits else 0.01)
+
+
+def test_only_a_budget_that_is_too_small_asks_for_smaller_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def counted(task: Task, layout: Layout) -> Gated:
+        tried.append(layout.blocks_per_layer)
+        return gated_model(task, layout)
+
+    monkeypatch.setattr(gated_module, "gated_model", counted)
+    with pytest.raises(UserError, match="client 1 has a budget for its upload"):
+        PFedGate(client_config=OPTIONS).init(make_task("cnn"), [Device(1, Budget(density=0.5, bytes_up=10**6))])
+    assert tried == [6]
+    with pytest.raises(UserError, match="is below the smallest possible model"):
+        PFedGate(client_config=OPTIONS).init(make_task("cnn"), [Device(1, Budget(density=0.001))])
+    assert len(tried) > 5

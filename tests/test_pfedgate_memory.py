@@ -37,7 +37,7 @@ half._scene(task, client, small, {})  # cut and costs are derived once a process
 if download == "kept":  # of the whole model nothing stays but names and shapes
     state = None
     task.model.to("meta")
-warm, _ = half.train(task, Client(device, *[Split(data.x[:8], data.y[:8])] * 3), packet, {}, torch_rng("warm"))
+warm, _ = half.train(task, client, packet, {}, torch_rng("warm"))  # with it come the buffers of libraries
 if download == "kept":  # what the cost model says, less the packet, which is there already
     margin += int(warm.scalars["memory"]) - packet.nbytes
 else:

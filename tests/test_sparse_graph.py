@@ -156,7 +156,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "encoder-first": (lambda: Encoder(norm_first=True), (7,), 9),
     "attention": (attention, (7,), 9),
 }
-KEPT = ("encoder", "encoder-first", "attention")  # their streams stay whole
+CLASSES_TOO = "+classes"  # after the names of cases whose classes are scaled
+CASES |= {name + CLASSES_TOO: CASES[name] for name in ("resnet", "mobile", "gru", "text", "encoder")}
+KEPT = ("encoder", "encoder-first", "attention", "encoder+classes")  # their streams stay whole
 SMALL = [name for name in CASES if not name.startswith("resnet")]
 
 
@@ -177,7 +179,7 @@ def doubled(task: Task) -> Task:
     return Task(model, task.input_shape, task.classes, task.seed, vocabulary=task.vocabulary)
 
 
-def make_cut(task: Task, *, keep: bool = False, blocks_per_layer: int = 3) -> GroupCut:
+def make_cut(task: Task, *, keep: bool = False, classes: bool = False, blocks_per_layer: int = 3) -> GroupCut:
     return structural_cut(
         task.model,
         task.input_shape,
@@ -185,12 +187,13 @@ def make_cut(task: Task, *, keep: bool = False, blocks_per_layer: int = 3) -> Gr
         blocks_per_layer=blocks_per_layer,
         max_block_frac=1.0,
         keep_uncuttable=keep,
+        class_gates=classes,
     )
 
 
 TASKS = {name: make_task(name) for name in CASES}
 DOUBLE = {name: doubled(task) for name, task in TASKS.items()}
-CUTS = {name: make_cut(task, keep=name in KEPT) for name, task in TASKS.items()}
+CUTS = {name: make_cut(task, keep=name in KEPT, classes=name.endswith(CLASSES_TOO)) for name, task in TASKS.items()}
 
 
 def make_batch(name: str, n: int = 6, *, double: bool = False) -> tuple[Tensor, Tensor]:
@@ -510,6 +513,9 @@ def test_every_model_of_the_registry_is_cut(name: str) -> None:
     assert cut.spent(cut.everything) == kept_count(layers)
     assert cut.spent(cut.everything, "multiply_adds") == forward_macs(layers)
     assert {t.layer for t in cut.tensors if t.owning is None} <= {"output"}
+    scaled = structural_cut(model, shape, tokens=tokens, class_gates=True)
+    assert [s.units for s in scaled.spaces if s.scaled] == [10] and scaled.blocks == cut.blocks + 10
+    assert scaled.spent(scaled.forced) == cut.spent(cut.forced)
     for space in cut.spaces:
         sizes = [b - a for a, b in itertools.pairwise(space.bounds)]
         assert max(sizes) - min(sizes) <= (8 if all(size % 8 == 0 for size in sizes) else 1)

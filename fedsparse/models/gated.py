@@ -129,7 +129,8 @@ class Gated:
         least += extra.get(cost, 0)
         shown = f"{math.ceil(1e4 * least) / 1e4:g}" if budget <= 1 else f"{math.ceil(least)}"
         what = "the first chunk of each tensor" if self.flat else "group 0 of each layer, the classifier and the gate"
-        raise UserError(f"client {device.id}: budget {budget:g} is below the smallest possible model {shown} ({what})")
+        why = f"is below the smallest possible model {shown} ({what})"
+        raise TooSmallError(f"client {device.id}: budget {budget:g} {why}")
 
     def choose(
         self, importance: NDArray[np.float64], limits: Mapping[str, int], cost: str, solver: str, density: float | None
@@ -225,8 +226,12 @@ def gated_model(task: Task, layout: Layout) -> Gated:
     return Gated(layout, cut, template, gate.size, gate.macs, dense, layers)
 
 
+class TooSmallError(UserError):
+    """A budget below the smallest possible model."""
+
+
 def fitted(task: Task, layout: Layout, fits: Callable[[Gated], None]) -> Layout:
-    """The layout with groups small enough for every budget: ``fits`` raises UserError where one is not met.
+    """The layout with groups small enough for every budget: ``fits`` raises TooSmallError where one is not met.
 
     Smaller groups make the forced ones smaller, and the gate larger; if no number of groups helps the error of the
     layout itself is raised.
@@ -234,7 +239,7 @@ def fitted(task: Task, layout: Layout, fits: Callable[[Gated], None]) -> Layout:
     try:
         fits(gated_model(task, layout))
         return layout
-    except UserError:
+    except TooSmallError:
         if layout.mode != "structural":
             raise
         for groups in _more_groups(layout.blocks_per_layer):
@@ -260,6 +265,7 @@ class Account:
 
     batch_size: the largest batch, for the memory. copies: tensors of optimiser state a weight. gate: whether it is
     used. held: scalars of the model that the client holds beside the part in use; None = the kept set once more.
+    waiting: further ones that it holds as soon as the part in use changes.
     """
 
     gated: Gated
@@ -267,6 +273,7 @@ class Account:
     copies: int
     gate: bool
     held: int | None
+    waiting: int = 0
     steps: int = 0
     samples: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -300,6 +307,7 @@ class Account:
             "forward_macs": self.sums["macs"] / self.samples,
             "density_mean": self.sums["density"] / self.steps,
             **self.largest,
+            "memory": self.largest["memory"] + 4 * self.waiting * (len(self._known) > 1),
         }
 
     def _costs(self, kept: Bools) -> dict[str, float]:

@@ -49,6 +49,7 @@ class CompactModel(Working):
         if self._selection is not None and np.array_equal(kept, self._selection.kept):
             return
         self.flush()
+        self._set_aside()
         self._select(kept)
         assert self._selection is not None
         self._tensors = gather(self.params, self._selection.regions)
@@ -92,10 +93,14 @@ class CompactModel(Working):
         if self._selection is None or not self._train:
             return
         scatter_(self.params, self._selection.regions, self._tensors)
-        if self._velocity:
-            trainable = self._task.trainable
-            self._momentum = self._momentum or {name: torch.zeros_like(self.params[name]) for name in trainable}
-            scatter_(self._momentum, self._selection.regions, dict(zip(trainable, self._velocity, strict=True)))
+
+    def _set_aside(self) -> None:
+        """Keep the momentum of the part in use until that comes back."""
+        if self._selection is None or not self._velocity:
+            return
+        trainable = self._task.trainable
+        self._momentum = self._momentum or {name: torch.zeros_like(self.params[name]) for name in trainable}
+        scatter_(self._momentum, self._selection.regions, dict(zip(trainable, self._velocity, strict=True)))
 
     def values(self) -> Tensor:
         self.flush()
