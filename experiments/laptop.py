@@ -59,36 +59,57 @@ CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|(
 FEW = ("rounds=15", "evaluate.every=15", "fraction=0.1", "evaluate.fraction=0.3")
 OFTEN = ("partition.max_clients=20", "fraction=0.5", "rounds=24", "evaluate.every=24")  # twelve rounds a client
 ONE_MASK = {"mask_scope": "client", "lr": 0.2}
+SCALED = {"class_gates": "true"}
 STEEP = {"momentum": 0.9, "lr": 0.03, "gate_lr": 1.5}  # the paper's rates, its code's momentum
 AS_LONG = ("partition.max_clients=6", "fraction=1.0", "rounds=20", "evaluate.every=20")  # the epochs of a whole run
-TRIALS: dict[str, tuple[tuple[str, ...], tuple[dict[str, float | str], ...]]] = {
+TRIALS: dict[str, tuple[tuple[tuple[str, ...], tuple[dict[str, float | str], ...]], ...]] = {
     "fedavg_ft": (
-        FEW,
         (
-            *({"lr": lr, "ft_lr": 0.0} for lr in (0.05, 0.1, 0.2, 0.4)),
-            *({"lr": 0.1, "ft_lr": ft_lr} for ft_lr in (0.03, 0.01)),
+            FEW,
+            (
+                *({"lr": lr, "ft_lr": 0.0} for lr in (0.05, 0.1, 0.2, 0.4)),
+                *({"lr": 0.1, "ft_lr": ft_lr} for ft_lr in (0.03, 0.01)),
+            ),
+        ),
+        (
+            OFTEN,
+            (
+                *({"lr": lr, "ft_lr": 0.03} for lr in (0.1, 0.2)),
+                *({"momentum": 0.9, "lr": 0.03, "ft_lr": ft_lr} for ft_lr in (0.01, 0.003)),
+                {"momentum": 0.9, "lr": 0.01, "ft_lr": 0.003},
+            ),
         ),
     ),
-    "local": (AS_LONG, ({"lr": 0.02}, {"lr": 0.05}, {"lr": 0.1})),
+    "local": ((AS_LONG, ({"lr": 0.02}, {"lr": 0.05}, {"lr": 0.1})),),
     "pfedgate_0.5": (
-        FEW,
         (
-            *({"lr": lr, "gate_lr": gate_lr} for lr in (0.2, 0.4) for gate_lr in (0.1, 1.0)),
-            {"lr": 0.8, "gate_lr": 0.1},
-            *({"lr": lr, "gate_lr": 0.1, "gate_start": 0.9} for lr in (0.1, 0.2)),
-            {"mask_scope": "client", "lr": 0.8},
-            {"gate_start": 0.9, "lr": 0.2, "gate_lr": 0.1, "mask_scope": "client"},
+            FEW,
+            (
+                *({"lr": lr, "gate_lr": gate_lr} for lr in (0.2, 0.4) for gate_lr in (0.1, 1.0)),
+                {"lr": 0.8, "gate_lr": 0.1},
+                *({"lr": lr, "gate_lr": 0.1, "gate_start": 0.9} for lr in (0.1, 0.2)),
+                {"mask_scope": "client", "lr": 0.8},
+                {"gate_start": 0.9, "lr": 0.2, "gate_lr": 0.1, "mask_scope": "client"},
+            ),
         ),
     ),
-    "pfedgate_0.3": (  # gates learn slowly: longer runs, of fewer clients
-        OFTEN,
+    "pfedgate_0.3": (
         (
-            *({**ONE_MASK, "gate_lr": gate_lr} for gate_lr in (0.1, 1, 10)),
-            *({**ONE_MASK, "gate_lr": gate_lr, "class_gates": "true"} for gate_lr in (0.1, 1, 3, 10)),
-            {**STEEP, "gate_start": 0.5},
-            {**STEEP, "gate_start": 0.5, "class_gates": "true"},
-            {**STEEP, "gate_start": 0.5, "class_gates": "true", "mask_scope": "client"},
-            *({**STEEP, "class_gates": "true", "mask_scope": "client", "gate_lr": gate_lr} for gate_lr in (0.1, 1.5)),
+            OFTEN,
+            (
+                *({**ONE_MASK, "gate_lr": gate_lr} for gate_lr in (0.1, 1, 10)),
+                *({**ONE_MASK, "gate_lr": gate_lr, "class_gates": "true"} for gate_lr in (0.1, 1, 3, 10)),
+                {**STEEP, "gate_start": 0.5},
+                {**STEEP, "gate_start": 0.5, "class_gates": "true"},
+                {**STEEP, "gate_start": 0.5, "class_gates": "true", "mask_scope": "client"},
+                *({**STEEP, **SCALED, "mask_scope": "client", "gate_lr": gate_lr} for gate_lr in (0.1, 1.5)),
+                {**STEEP, "mask_scope": "client"},
+                {**STEEP, **SCALED},
+                *({**STEEP, **SCALED, "mask_scope": "client", "gate_lr": gate_lr} for gate_lr in (0.5, 5)),
+                *({**STEEP, **SCALED, "mask_scope": "client", "lr": lr} for lr in (0.01, 0.06)),
+                *({**STEEP, "mask_scope": "client", "gate_lr": gate_lr} for gate_lr in (5, 15, 50)),
+                *({**STEEP, **SCALED, "mask_scope": "client", "gate_lr": gate_lr} for gate_lr in (15, 50)),
+            ),
         ),
     ),
 }
@@ -103,8 +124,7 @@ def tune(names: Iterable[str], extra: Sequence[str]) -> None:
     for name in names:
         if name not in TRIALS:
             raise unknown("run to tune", name, tuple(TRIALS))
-        short, trials = TRIALS[name]
-        for trial in trials:
+        for short, trial in ((short, trial) for short, trials in TRIALS[name] for trial in trials):
             chosen = [f"method.{key}={value}" for key, value in trial.items()]
             settings = [*RUNS[name], "evaluate.split=validation", *short, *chosen, *extra]
             if command(NAME, settings) in {t["command"] for t in found}:
