@@ -3,6 +3,7 @@
     python experiments/tiny.py tune                                   # learning rates, on validation data
     python experiments/tiny.py final --densities 0.01 --only fedtiny snip --seeds 0 1 2
     python experiments/tiny.py table                                  # Markdown of what `final` wrote
+    python experiments/tiny.py costs --densities 0.01                 # of one client at full width, in three rounds
 
 Runs that ``experiments/results/tiny_final.json`` has already are skipped. ``dense`` is FedAvg on the whole model,
 ``narrow_parameters`` and ``narrow_multiply_adds`` FedAvg on narrow ones of as many parameters or multiply-adds as the
@@ -22,7 +23,7 @@ from personal import command, one_run, print_row, spread, write
 import fedsparse
 from fedsparse.errors import UserError, unknown
 
-NAME, FINAL, TUNE = "cifar10_fedtiny", "tiny_final", "tiny_tune"
+NAME, FINAL, TUNE, COSTS = "cifar10_fedtiny", "tiny_final", "tiny_tune", "tiny_costs"
 DENSITIES = (0.01, 0.05, 0.1)
 METHODS: dict[str, tuple[str, ...]] = {
     "erk": ("method=fixed_mask",),
@@ -43,6 +44,8 @@ METHODS: dict[str, tuple[str, ...]] = {
 NARROW = ("narrow_parameters", "narrow_multiply_adds")
 DENSE_LR = 0.1
 RATES = (0.02, 0.05, 0.1)
+FULL = ("width=1", "rounds=3", "fraction=0.1", "evaluate.every=0")
+CHANGING = ("method.delta_r=1", "method.r_stop=3")
 SHORT = ("rounds=30", "evaluate.every=3", "evaluate.split=validation")
 
 
@@ -143,6 +146,55 @@ def table() -> None:
         print(f"    {e['command']}")
 
 
+# --- costs at full width ---------------------------------------------------------------------------------------------
+
+
+def costs(methods: Iterable[str], densities: Iterable[float], extra: Sequence[str]) -> None:
+    """What a round costs one client, without and with a change of the mask: three rounds of a client each, no
+    evaluation. One row a method; runs that ``experiments/results/tiny_costs.json`` has already are skipped."""
+    print_row(["method and nominal density", "true density", "up kB", "down kB", "GFLOP an example", "memory MB"])
+    print_row(["---"] * 6)
+    for density in densities:
+        for method in methods:
+            settings = [*settings_of(method, density, 0), *FULL, *(CHANGING if changes(method) else ()), *extra]
+            line, found = command(NAME, settings), load(COSTS)
+            if line not in {c["command"] for c in found}:
+                found.append({"key": key_of(method, density), "command": line, **costs_of(settings)})
+                write(COSTS, found)
+            print_costs(next(c for c in found if c["command"] == line))
+    print()
+    for c in load(COSTS):
+        print(f"    {c['command']}")
+
+
+def changes(method: str) -> bool:
+    """Whether the mask of a method of METHODS changes while it trains."""
+    return method.startswith(("prunefl", "feddst", "fedtiny")) and not method.endswith("_fixed")
+
+
+def costs_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Least and largest of the training rounds; memory is the largest of all rounds, preparation too."""
+    summary, clients = one_run(NAME, settings)
+    rounds = [row for row in clients if row["round"] and row["bytes_up"] is not None]
+    known = {
+        "up": [row["bytes_up"] for row in rounds],
+        "down": [row["bytes_down"] for row in rounds],
+        "flops": [row["flops"] / row["n_train"] for row in rounds],
+    }
+    ends = {name: [min(values), max(values)] for name, values in known.items()}
+    memory = summary["memory"]["peak_model_bytes"]
+    return {**ends, "memory": memory, "density": summary["density"]["true_mean"], "seconds": summary["seconds"]["wall"]}
+
+
+def print_costs(found: dict[str, Any]) -> None:
+    ends = {
+        name: [f"{value / unit:.{digits}f}" for value in found[name]]
+        for name, unit, digits in (("up", 1e3, 0), ("down", 1e3, 0), ("flops", 1e9, 3))
+    }
+    spans = [a if a == b else f"{a} to {b}" for a, b in ends.values()]
+    print_row([found["key"], f"{found['density']:.4f}", *spans, f"{found['memory'] / 1e6:.0f}"])
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -157,6 +209,7 @@ def main() -> None:
             "tune": lambda args: tune(args.only, args.densities, args.rates, args.set),
             "final": lambda args: final(args.only, args.densities, args.seeds, args.set),
             "table": lambda _: table(),
+            "costs": lambda args: costs(args.only, args.densities, args.set),
         },
     )
 

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, TypeVar
 
-from torch import Tensor
-
 from fedsparse.errors import UserError
 from fedsparse.globalmask import GlobalMaskStrategy, MaskedState, averaged, check_densities
-from fedsparse.masked import check_searchable
-from fedsparse.sparse.masks import Mask
+from fedsparse.regrow import check_searchable
 from fedsparse.strategy import Reply, State
 from fedsparse.task import Device, Task
 
@@ -72,10 +69,10 @@ class ChangingMask(GlobalMaskStrategy):
             _log.info("the mask never changes in %d rounds unless r_stop is set: by default it is 1 for so few", rounds)
         return delta, stop
 
-    def check_search(self, task: Task, state: ChangingState, params: Mapping[str, Tensor], mask: Mask) -> None:
-        """For masks that follow the gradients of pruned weights: refuse layers in which they cannot be searched."""
+    def check_search(self, task: Task, state: ChangingState, names: Iterable[str]) -> None:
+        """For masks that follow the gradients of pruned weights: refuse weights of which they cannot be searched."""
         if any(self.adjusts(state, turn) for turn in range(1, state.r_stop)):
-            check_searchable(task, params, mask)
+            check_searchable(task, names)
 
     def adjusts(self, state: ChangingState, turn: int) -> bool:
         """Whether the mask changes at the end of round ``turn``."""

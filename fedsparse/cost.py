@@ -57,7 +57,7 @@ class Layer:
     macs: multiply-adds per example, forward, dense (a whole sequence for tokens);
     activations: output elements per example; first: reads the network's input, so needs no input gradient (never set
     for a recurrent layer, whose hidden states need one, nor for an other one); buffers: its float scalars that are not
-    trained.
+    trained; calls: how often the model calls it for one example.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Layer:
     activations: int
     first: bool
     buffers: int = 0
+    calls: int = 0
 
 
 # ---------------------------------------------------------------------------------------------------- tracing
@@ -193,6 +194,7 @@ class _Recorder:
             macs=layer.macs + _forward_macs(module, y if x is None else x, y),
             activations=layer.activations + y.numel(),
             first=reads_input and (layer.first or not layer.activations),  # in all of its runs
+            calls=layer.calls + 1,
         )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 from fedsparse.errors import UserError
-from fedsparse.seeding import torch_rng, torch_seeded
 from fedsparse.sparse import SEARCH_PIECE
 from fedsparse.sparse.masks import Mask, spread
 from fedsparse.sparse.representation import executor_for
@@ -27,7 +25,6 @@ Found = dict[str, tuple[Tensor, Tensor]]
 Show = Callable[[int, Tensor], None]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 _GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}  # by dimensions
-_log = logging.getLogger("fedsparse")
 
 
 @contextmanager
@@ -146,28 +143,8 @@ def top_gradients(
                 torch.autograd.grad(loss, first, allow_unused=True)
     for name, found in top.items():
         if not len(found.at) and found.a:
-            raise UnsearchableError(
-                f"gradients of pruned weights of {name!r} cannot be searched: the layer is not called"
-            )
+            raise UserError(f"gradients of pruned weights of {name!r} cannot be searched: the layer is not called")
     return {name: found.result() for name, found in top.items()}
-
-
-class UnsearchableError(UserError):
-    """A layer of which the largest gradients of pruned weights cannot be found."""
-
-
-def check_searchable(task: Task, params: Mapping[str, Tensor], mask: Mask) -> None:
-    """Raise UnsearchableError if :func:`top_gradients` would for a layer in ``mask``: tried on two random examples."""
-    rng = torch_rng(task.seed, "searchable")
-    shape = (2, *task.input_shape)
-    x = torch.randint(task.vocabulary, shape, generator=rng) if task.tokens else torch.randn(shape, generator=rng)
-    try:
-        with torch_seeded(task.seed, "searchable"):  # dropout
-            top_gradients(task, params, mask, Split(x, torch.tensor([0, 1])), dict.fromkeys(mask, 1))
-    except UnsearchableError:
-        raise
-    except UserError as error:  # such as gradients that are not finite: on the clients' examples they may be
-        _log.debug("searching gradients of random examples: %s", error)
 
 
 def _loss_gradient(task: Task, logits: Tensor, y: Tensor) -> Tensor:
@@ -237,9 +214,7 @@ class _Probe:
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         if self.called:
-            raise UnsearchableError(
-                f"gradients of pruned weights of {self.name!r} cannot be searched: it is used twice"
-            )
+            raise UserError(f"gradients of pruned weights of {self.name!r} cannot be searched: it is used twice")
         self.called = True
         x = inputs[0].detach()
         if not output.requires_grad:
@@ -259,7 +234,7 @@ class _Probe:
                 self.found.show(start * row, (dy[:, start : start + step].t() @ x).reshape(-1))
             return
         if not isinstance(layer, Convolution):
-            raise UnsearchableError(f"gradients of pruned weights of a {type(layer).__name__} cannot be searched")
+            raise UserError(f"gradients of pruned weights of a {type(layer).__name__} cannot be searched")
         x, padding = _padded(layer, x)
         for part in _pieces(len(weight), layer.groups, step):
             self.found.show(part.start * row, _convolution_gradient(layer, x, dy, part, padding).reshape(-1))

@@ -60,6 +60,17 @@ def search(
     return Search(found, flops, max(cost.BYTES * min(SEARCH_PIECE, model.sizes[name]) for name in counts))
 
 
+def check_searchable(task: Task, names: Iterable[str]) -> None:
+    """Raise UserError, before any client works, for a weight whose layer the model does not call just once: its dense
+    gradient cannot be looked at piece by piece. (A model that calls others in training than in evaluation is refused
+    when it is searched.)"""
+    weights = prunable(task).weights
+    for name in names:
+        if (calls := weights[name].calls) != 1:
+            why = "is used more than once" if calls else "is not called"
+            raise UserError(f"gradients of pruned weights of {name!r} cannot be searched: the layer {why}")
+
+
 def gradient_tensors(found: Mapping[str, tuple[Tensor, Tensor]], sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """The tensors of a reply that carry name -> ((a,) int32 ascending positions, (a,) float32 gradients)."""
     out: dict[str, Tensor] = {}

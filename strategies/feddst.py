@@ -84,7 +84,7 @@ class FedDST(ChangingMask):
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         new = super().scheduled(task, state, rounds)
         assert isinstance(new, FedDSTState)
-        self.check_search(task, new, new.params, new.shared.mask)
+        self.check_search(task, new, new.shared.mask)
         return self._announced(task, new)
 
     def broadcast(self, state: State, device: Device) -> Packet:

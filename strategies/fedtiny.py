@@ -210,7 +210,7 @@ class FedTiny(ChangingMask):
             _log.info("the model has no batch norm: candidates are selected by their loss alone")
         nest = self.nest_every or max(1, round(rounds / 30))
         ready = replace(state, delta_r=delta, r_stop=stop, nest_every=nest)
-        self.check_search(task, ready, *Candidates(dict(state.params), state.shared.mask, state.counts).model(task, 0))
+        self.check_search(task, ready, state.shared.mask)
         return self._announced(task, self._chosen(task, ready) if state.stage == "train" else ready)
 
     def _pretrained(self, task: Task) -> Params:

@@ -72,7 +72,7 @@ def test_a_conv_layer_against_loops() -> None:
     )
     (layer,) = cost.trace(model, (4, 7, 9))
     assert layer == Layer(
-        "", "conv", "weight", 6 * 2 * 9, 6, units_in=4, units_out=6, macs=macs, activations=6 * 4 * 5, first=True
+        "", "conv", "weight", 108, 6, units_in=4, units_out=6, macs=macs, activations=6 * 4 * 5, first=True, calls=1
     )
 
 

@@ -109,7 +109,7 @@ def test_workers_on_other_machines_answer_through_the_object_store(
     with RayGrid(app, CLIENTS, workers=2, own_replies=False) as grid:
         assert end_of("pfedgate", grid) == local("pfedgate")
         assert not any(hand.slots for hand in grid._hands)
-    assert seen == [NEAR, NEAR]
+    assert set(seen) == {NEAR}  # a second worker may come when all is done
 
 
 def echo() -> ClientApp:

@@ -315,20 +315,30 @@ def test_values_that_are_not_finite_name_the_client() -> None:
             next(rounds)
 
 
+class Odd(nn.Module):
+    """A layer that is called so many times; 0: its weight is used without it."""
+
+    def __init__(self, calls: int) -> None:
+        super().__init__()
+        self.calls = calls
+        self.first, self.odd, self.output = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if not self.calls:
+            x = nn.functional.linear(x, self.odd.weight, self.odd.bias)
+        for _ in range(self.calls):
+            x = self.odd(x)
+        return self.output(x)
+
+
 @pytest.mark.parametrize("name", ["feddst", "fedtiny"])
-def test_layers_that_cannot_be_searched_are_refused_before_training(name: str) -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.again = nn.Linear(6, 6), nn.Linear(6, 6)
-            self.output = nn.Linear(6, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.output(self.again(self.again(self.first(x))))
-
-    task = Task(Twice(), (6,), 4, seed=0)
+@pytest.mark.parametrize(("calls", "why"), [(0, "is not called"), (2, "is used more than once")])
+def test_layers_that_cannot_be_searched_are_refused_before_training(name: str, calls: int, why: str) -> None:
+    task = Task(Odd(calls), (6,), 4, seed=0)
     strategy, _ = halves(name, density=0.5, delta_r=2, r_stop=5)
-    with pytest.raises(UserError, match=r"'again.weight' cannot be searched: it is used twice"):
+    with pytest.raises(UserError, match=f"'odd.weight' cannot be searched: the layer {why}"):
         strategy.first_state(task, [Device(0)], Plan(), 9)
     still, _ = halves(name, density=0.5, r_stop=1)
-    still.first_state(task, [Device(0)], Plan(), 9)
+    for half, model in ((still, Odd(calls)), (strategy, Odd(1))):
+        half.first_state(Task(model, (6,), 4, seed=0), [Device(0)], Plan(), 9)
