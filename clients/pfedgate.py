@@ -272,7 +272,7 @@ class PFedGateClient(GatedClient):
 
     def _waiting(self, gated: Gated) -> int:
         """Scalars of the momentum that waits for weights that leave the part in use (in flat modes none leave)."""
-        return 0 if gated.flat or self.open_gate else self.copies * gated.dense
+        return 0 if gated.flat or self.open_gate else self.copies * gated.cut.spent(gated.cut.everything)
 
     def _remembered(self, scene: _Scene, choice: Choice, work: Working, gate: _Gate, account: Account) -> Memory:
         kept: Memory = {}

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fedsparse import cost
 from fedsparse.client import Memory, check_not_negative
 from fedsparse.globalmask import MaskedClient, masked_costs, prunable
 from fedsparse.packet import Packet
-from fedsparse.saliency import snip_scores
+from fedsparse.saliency import score_bytes, snip_scores
 from fedsparse.task import Client, Split, Task
 
 
@@ -45,7 +44,7 @@ class SsflClient(MaskedClient):
         params = {name: packet.tensors[name] for name in task.shapes}
         every = {name: torch.arange(size, dtype=torch.int32) for name, size in sizes.items()}
         scores = snip_scores(task, params, data, every, batch=self.batch_size)
-        sums = 2 * cost.BYTES * sum(sizes.values())  # of gradients, in float64
+        sums = score_bytes(sizes)
         costs = masked_costs(task, {}, samples=len(data), batch=self.batch_size, copies=0, decision=sums)
         return Packet("scores", scores, {"weight": len(client.train), "samples": len(data), **costs})
 

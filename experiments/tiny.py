@@ -44,7 +44,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 NARROW = ("narrow_parameters", "narrow_multiply_adds")
 DENSE_LR = 0.1
 RATES = (0.02, 0.05, 0.1)
-FULL = ("width=1", "rounds=3", "fraction=0.1", "evaluate.every=0")
+FULL = ("width=1", "rounds=3", "partition.max_clients=1", "evaluate.every=3")
 CHANGING = ("method.delta_r=1", "method.r_stop=3")
 SHORT = ("rounds=30", "evaluate.every=3", "evaluate.split=validation")
 
@@ -150,18 +150,23 @@ def table() -> None:
 
 
 def costs(methods: Iterable[str], densities: Iterable[float], extra: Sequence[str]) -> None:
-    """What a round costs one client, without and with a change of the mask: three rounds of a client each, no
-    evaluation. One row a method; runs that ``experiments/results/tiny_costs.json`` has already are skipped."""
+    """What a round costs one client: three rounds of the first client alone. Where the mask changes it does so after
+    the first and the second. Runs that ``experiments/results/tiny_costs.json`` has already are skipped.
+
+    ``prunefl`` trains the dense model first, for up to 1,000 steps. Raises UserError for the narrow controls, whose
+    width comes from runs at another one.
+    """
     print_row(["method and nominal density", "true density", "up kB", "down kB", "GFLOP an example", "memory MB"])
     print_row(["---"] * 6)
-    for density in densities:
-        for method in methods:
-            settings = [*settings_of(method, density, 0), *FULL, *(CHANGING if changes(method) else ()), *extra]
-            line, found = command(NAME, settings), load(COSTS)
-            if line not in {c["command"] for c in found}:
-                found.append({"key": key_of(method, density), "command": line, **costs_of(settings)})
-                write(COSTS, found)
-            print_costs(next(c for c in found if c["command"] == line))
+    for density, method in dict.fromkeys((0 if m == "dense" else d, m) for d in densities for m in methods):
+        if method in NARROW:
+            raise UserError(f"costs are of {', '.join(('dense', *METHODS))}; got {method}")
+        settings = [*settings_of(method, density, 0), *FULL, *(CHANGING if changes(method) else ()), *extra]
+        line, found = command(NAME, settings), load(COSTS)
+        if line not in {c["command"] for c in found}:
+            found.append({"key": key_of(method, density), "command": line, **costs_of(settings)})
+            write(COSTS, found)
+        print_costs(next(c for c in found if c["command"] == line))
     print()
     for c in load(COSTS):
         print(f"    {c['command']}")
@@ -173,7 +178,10 @@ def changes(method: str) -> bool:
 
 
 def costs_of(settings: Sequence[str]) -> dict[str, Any]:
-    """Least and largest of the training rounds; memory is the largest of all rounds, preparation too."""
+    """Least and largest of the training rounds; memory is the largest of all rounds, preparation too.
+
+    The first download of a mask has it beside the values.
+    """
     summary, clients = one_run(NAME, settings)
     rounds = [row for row in clients if row["round"] and row["bytes_up"] is not None]
     known = {

@@ -9,7 +9,6 @@ from typing import ClassVar, TypeVar
 
 from fedsparse.errors import UserError
 from fedsparse.globalmask import GlobalMaskStrategy, MaskedState, averaged, check_densities
-from fedsparse.regrow import check_searchable
 from fedsparse.strategy import Reply, State
 from fedsparse.task import Device, Task
 
@@ -69,10 +68,9 @@ class ChangingMask(GlobalMaskStrategy):
             _log.info("the mask never changes in %d rounds unless r_stop is set: by default it is 1 for so few", rounds)
         return delta, stop
 
-    def check_search(self, task: Task, state: ChangingState, names: Iterable[str]) -> None:
-        """For masks that follow the gradients of pruned weights: refuse weights of which they cannot be searched."""
-        if any(self.adjusts(state, turn) for turn in range(1, state.r_stop)):
-            check_searchable(task, names)
+    def turns(self, state: ChangingState) -> int:
+        """How often the mask changes in all."""
+        return sum(self.adjusts(state, turn) for turn in range(1, state.r_stop))
 
     def adjusts(self, state: ChangingState, turn: int) -> bool:
         """Whether the mask changes at the end of round ``turn``."""

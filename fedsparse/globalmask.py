@@ -214,23 +214,23 @@ class GlobalMaskStrategy(AggregatingStrategy):
         """Who of the first exchange's cohort computes with the dense model before round 1."""
         return ()
 
+    def dense_buffers(self, task: Task) -> tuple[int, int]:
+        """What these hold meanwhile: copies of optimiser state a weight, bytes for choosing masks."""
+        return 0, 0
+
     def foresee(self, task: Task, devices: Sequence[Device], plan: Plan) -> None:
-        """Refuse dense work before round 1 that breaks a budget for certain: on one example, without an optimiser."""
+        """Refuse dense work before round 1 that breaks a budget of density, multiply-adds or memory."""
         super().foresee(task, devices, plan)
         training = {d.id: d for d in devices if d.id not in plan.novel}
         if plan.on_over_budget != "stop" or not training:
             return
         cohort = [training[i] for i in sample_cohort(sorted(training), plan.fraction, plan.seed, 0)]
-        layers = prunable(task).layers
+        copies, decision = self.dense_buffers(task)
+        batch = int(self.client_config.get("batch_size", SgdClient.batch_size))
+        costs = masked_costs(task, {}, samples=0, batch=batch, copies=copies, decision=decision)
+        known = {key: float(costs[key]) for key in ("density_true", "forward_macs", "memory")}
         for device in self.dense_before(cohort):
-            found = check(
-                device.budget,
-                density_true=1.0,
-                forward_macs=cost.forward_macs(layers),
-                train_flops=cost.train_flops(layers, 1),
-                memory=cost.memory_bytes(layers, 1, optimizer_copies=0).total,
-            )
-            if found:
+            if found := check(device.budget, **known):
                 raise exceeded(device.id, 0, found[0])
 
 

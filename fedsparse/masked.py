@@ -24,6 +24,7 @@ Network = Callable[[Tensor], Tensor]
 Found = dict[str, tuple[Tensor, Tensor]]
 Show = Callable[[int, Tensor], None]
 Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+_FORMS = {kind.forward for kind in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 _GRADIENTS = {1: conv1d_weight, 2: conv2d_weight, 3: conv3d_weight}  # by dimensions
 
 
@@ -213,6 +214,7 @@ class _Probe:
         self.called = False
 
     def __call__(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        check_form(layer)
         if self.called:
             raise UserError(f"gradients of pruned weights of {self.name!r} cannot be searched: it is used twice")
         self.called = True
@@ -233,11 +235,17 @@ class _Probe:
             for start in range(0, len(weight), step):
                 self.found.show(start * row, (dy[:, start : start + step].t() @ x).reshape(-1))
             return
-        if not isinstance(layer, Convolution):
-            raise UserError(f"gradients of pruned weights of a {type(layer).__name__} cannot be searched")
+        assert isinstance(layer, Convolution)
         x, padding = _padded(layer, x)
         for part in _pieces(len(weight), layer.groups, step):
             self.found.show(part.start * row, _convolution_gradient(layer, x, dy, part, padding).reshape(-1))
+
+
+def check_form(layer: nn.Module) -> None:
+    """Raise UserError for a layer whose weight gradient does not follow from its input and its output's gradient."""
+    if type(layer).forward not in _FORMS:
+        what = f"a {type(layer).__name__}, which computes in its own way"
+        raise UserError(f"gradients of pruned weights of {what}, cannot be searched")
 
 
 def _padded(layer: Convolution, x: Tensor) -> tuple[Tensor, Sequence[int]]:

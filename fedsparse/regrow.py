@@ -16,7 +16,7 @@ from torch import Tensor
 from fedsparse import cost
 from fedsparse.errors import UserError
 from fedsparse.globalmask import prunable
-from fedsparse.masked import Found, top_gradients
+from fedsparse.masked import Found, check_form, top_gradients
 from fedsparse.packet import Packet
 from fedsparse.replies import form
 from fedsparse.sparse import SEARCH_PIECE
@@ -61,11 +61,12 @@ def search(
 
 
 def check_searchable(task: Task, names: Iterable[str]) -> None:
-    """Raise UserError, before any client works, for a weight whose layer the model does not call just once: its dense
-    gradient cannot be looked at piece by piece. (A model that calls others in training than in evaluation is refused
-    when it is searched.)"""
+    """Raise UserError, before any client works, for a weight whose layer is not called just once, or computes in a way
+    of its own: its dense gradient cannot be looked at piece by piece. (A model that calls others in training than in
+    evaluation is refused when it is searched.)"""
     weights = prunable(task).weights
     for name in names:
+        check_form(task.model.get_submodule(weights[name].name))
         if (calls := weights[name].calls) != 1:
             why = "is used more than once" if calls else "is not called"
             raise UserError(f"gradients of pruned weights of {name!r} cannot be searched: the layer {why}")

@@ -47,6 +47,11 @@ def snip_scores(
     return {name: s.reshape(-1)[kept[name].long()] for name, s in scores.items()}
 
 
+def score_bytes(sizes: Mapping[str, int]) -> int:
+    """Bytes that :func:`snip_scores` of so many weights holds beside the model: sums of gradients in float64."""
+    return 8 * sum(sizes.values())
+
+
 def flow_scores(task: Task, params: Mapping[str, Tensor], kept: Mask) -> dict[str, Tensor]:
     """The synaptic flow through the kept weights, name -> (kept,) float64; see ``pruning.synaptic_flow``.
 

@@ -28,7 +28,7 @@ from fedsparse.globalmask import (
     prunable,
 )
 from fedsparse.packet import Packet
-from fedsparse.regrow import counts_row
+from fedsparse.regrow import check_searchable, counts_row
 from fedsparse.sparse.masks import carry, compact
 from fedsparse.sparse.pruning import exchange_count, exchange_share, largest
 from fedsparse.strategy import Reply, State, misfit
@@ -84,7 +84,8 @@ class FedDST(ChangingMask):
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         new = super().scheduled(task, state, rounds)
         assert isinstance(new, FedDSTState)
-        self.check_search(task, new, new.shared.mask)
+        if self.turns(new):
+            check_searchable(task, new.shared.mask)
         return self._announced(task, new)
 
     def broadcast(self, state: State, device: Device) -> Packet:

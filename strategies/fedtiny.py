@@ -30,6 +30,7 @@ from fedsparse.nested import Levels, asked_of, averaged_parts, chosen, first_lev
 from fedsparse.packet import Packet
 from fedsparse.regrow import (
     GradientMean,
+    check_searchable,
     counts_row,
     exchanged,
     gradient_complaint,
@@ -210,8 +211,17 @@ class FedTiny(ChangingMask):
             _log.info("the model has no batch norm: candidates are selected by their loss alone")
         nest = self.nest_every or max(1, round(rounds / 30))
         ready = replace(state, delta_r=delta, r_stop=stop, nest_every=nest)
-        self.check_search(task, ready, state.shared.mask)
+        check_searchable(task, self._searched(task, ready))
         return self._announced(task, self._chosen(task, ready) if state.stage == "train" else ready)
+
+    def _searched(self, task: Task, state: FedTinyState) -> set[str]:
+        """The weights of which gradients will be searched, whichever candidate is selected."""
+        sizes, found = prunable(task).sizes, set[str]()
+        for counts in state.counts.tolist():
+            pruned = [name for (name, size), k in zip(sizes.items(), counts, strict=True) if k < size]
+            for group in layer_groups(pruned, self.granularity, self.order)[: self.turns(state)]:
+                found.update(group)
+        return found
 
     def _pretrained(self, task: Task) -> Params:
         """The dense model that the server starts from (phase 0)."""

@@ -218,16 +218,16 @@ class PFedGate(AggregatingStrategy):
         named = {"density": budget.density, "multiply-adds": budget.forward_macs, "memory": budget.memory}
         what = ", ".join(f"{v:g} of {k}" for k, v in {**named, "upload": budget.bytes_up}.items() if v is not None)
         same = f"a budget ({what}) leaves no choice: random importances all keep the same blocks"
-        remedy = "method.blocks_per_layer and method.max_block_frac make smaller ones"
+        remedy = "set method.blocks_per_layer" + ("" if gated.flat else " or method.max_block_frac")
         if not choice.limits:
-            return f"{same}; {remedy}"
+            size = gated.cut.weights("parameters")[free & ~kept[0]].min()
+            return f"{same}; the smallest dropped one has {size} parameters, smaller ones would do: {remedy}"
         cost = knapsack_cost(choice.cost, choice.limits)
-        left = choice.limits[cost] - gated.cut.spent(kept[0], cost)
+        left, unit = choice.limits[cost] - gated.cut.spent(kept[0], cost), cost.replace("_", "-")
         least = gated.cut.added(kept[0], cost)[~kept[0]].min()
-        unit = cost.replace("_", "-")
         if left >= least:  # another limit binds
-            return f"{same}; {remedy}"
-        return f"{same}, which leave {left} {unit}, and the smallest dropped one takes {least:.0f}; {remedy}"
+            return f"{same}; smaller ones would do: {remedy}"
+        return f"{same}, the smallest dropped one takes {least:.0f} {unit}; blocks of at most {left} would do: {remedy}"
 
     def scheduled(self, task: Task, state: State, rounds: int) -> State:
         return replace(_gate(state), rounds=rounds)

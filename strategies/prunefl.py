@@ -31,7 +31,8 @@ from fedsparse.globalmask import (
     prunable,
 )
 from fedsparse.packet import Packet
-from fedsparse.reconfigure import Rule, SquareMean, square_complaint, square_form
+from fedsparse.reconfigure import Rule, SquareMean, square_bytes, square_complaint, square_form
+from fedsparse.sgd import optimizer_copies
 from fedsparse.sparse.importance import prunable_share
 from fedsparse.sparse.masks import compact
 from fedsparse.strategy import Reply, State, misfit
@@ -111,6 +112,9 @@ class PruneFL(ChangingMask):
 
     def dense_before(self, cohort: Sequence[Device]) -> Sequence[Device]:
         return [roomiest(cohort)] if self.initial == "client" else ()
+
+    def dense_buffers(self, task: Task) -> tuple[int, int]:
+        return optimizer_copies(self.client_config), square_bytes(task)
 
     def invited(self, state: State, cohort: Sequence[Device]) -> Sequence[Device]:
         return self.dense_before(cohort) if state.stage == "prune" else cohort

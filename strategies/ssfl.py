@@ -28,6 +28,7 @@ from fedsparse.globalmask import (
     ranked_groups,
 )
 from fedsparse.packet import Packet
+from fedsparse.saliency import score_bytes
 from fedsparse.sparse.masks import compact
 from fedsparse.sparse.pruning import RANKINGS, prune_in_steps
 from fedsparse.strategy import Reply, State, form, misfit
@@ -70,6 +71,9 @@ class Ssfl(GlobalMaskStrategy):
 
     def dense_before(self, cohort: Sequence[Device]) -> Sequence[Device]:
         return cohort if self.density < 1 else ()
+
+    def dense_buffers(self, task: Task) -> tuple[int, int]:
+        return 0, score_bytes(prunable(task).sizes)
 
     def broadcast(self, state: State, device: Device) -> Packet:
         assert isinstance(state, MaskedState)

@@ -342,3 +342,18 @@ def test_layers_that_cannot_be_searched_are_refused_before_training(name: str, c
     still, _ = halves(name, density=0.5, r_stop=1)
     for half, model in ((still, Odd(calls)), (strategy, Odd(1))):
         half.first_state(Task(model, (6,), 4, seed=0), [Device(0)], Plan(), 9)
+
+
+def test_only_layers_that_will_be_searched_must_be_searchable() -> None:
+    task = Task(Odd(2), (6,), 4, seed=0)  # whose first layer is pruned too
+    options = {"granularity": "layer", "order": "forward", "delta_r": 2, "density": 0.5}
+    once, _ = halves("fedtiny", r_stop=3, **options)
+    once.first_state(task, [Device(0)], Plan(), 9)  # one change, of the first layer
+    twice, _ = halves("fedtiny", r_stop=5, **options)
+    with pytest.raises(UserError, match="'odd.weight' cannot be searched"):
+        twice.first_state(task, [Device(0)], Plan(), 9)
+    for seed in range(10):  # the union of candidates may keep all of a layer that the selected one prunes
+        task = Task(Odd(2), (6,), 4, seed=seed)
+        full, _ = halves("fedtiny", density=0.85, pool=10, granularity="entire", delta_r=2, r_stop=5)
+        with pytest.raises(UserError, match="'odd.weight' cannot be searched"):
+            full.first_state(task, [Device(0)], Plan(), 9)

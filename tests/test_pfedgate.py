@@ -605,9 +605,11 @@ def test_notes_name_a_heavy_gate_and_budgets_without_a_choice() -> None:
     official = PFedGate(client_config={"mode": "official"})
     official.init(task, devices)
     (note,) = official.notes(task, devices)
+    first = official._half.choice(official.gated, devices[0], 0.3).first()
+    dropped = official.gated.cut.weights("parameters")[~first]
     assert note == (
-        "a budget (0.3 of density) leaves no choice: random importances all keep the same blocks;"
-        " method.blocks_per_layer and method.max_block_frac make smaller ones"
+        "a budget (0.3 of density) leaves no choice: random importances all keep the same blocks; the smallest dropped"
+        f" one has {dropped.min()} parameters, smaller ones would do: set method.blocks_per_layer"
     )
     coarse = PFedGate(client_config={"gate_pool": 7, "blocks_per_layer": 2, "max_block_frac": 1.0})
     coarse.init(task, devices)
@@ -616,7 +618,7 @@ def test_notes_name_a_heavy_gate_and_budgets_without_a_choice() -> None:
     kept = half.choice(coarse.gated, devices[0], 0.3).first()
     left = int(0.3 * coarse.gated.dense) - coarse.gated.gate_size - cut.spent(kept)
     more = [cut.spent(kept | (np.arange(cut.blocks) == i)) - cut.spent(kept) for i in np.flatnonzero(~kept)]
-    assert f"which leave {left} parameters, and the smallest dropped one takes {min(more)};" in note
+    assert f"the smallest dropped one takes {min(more)} parameters; blocks of at most {left} would do: set" in note
     server = PFedGate(client_config={"gate_pool": 7})
     server.init(task, devices)
     assert server.notes(task, devices) == ()
@@ -907,7 +909,7 @@ def test_logits_that_cannot_be_scaled_are_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(6, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4), torch.nn.LogSoftmax(1))
     task = Task(model, (6,), 4, seed=0)
     PFedGate().init(task, [Device(0)])
-    with pytest.raises(UserError, match="class_gates = true needs logits that come from a linear layer"):
+    with pytest.raises(UserError, match="class_gates = true needs logits that are each made of one unit"):
         PFedGate(client_config={"class_gates": True}).init(task, [Device(0)])
 
 

@@ -30,9 +30,9 @@ from fedsparse.sparse.masks import whole
 from fedsparse.sparse.positions import pack_positions
 from fedsparse.sparse.representation import ALWAYS, NEVER
 from fedsparse.strategy import Plan, Reply
-from fedsparse.task import Budget, Device
+from fedsparse.task import Budget, Device, Task
 from strategies.prunefl import PruneFL, PruneFLState
-from tests.helpers import exchanged_by_hand, norm_task, small_clients, small_task, started
+from tests.helpers import CLASSES, exchanged_by_hand, norm_task, small_clients, small_task, started
 from tests.test_contract import TASKS, halves, run_method
 
 SHORT = {"initial_steps": 24, "initial_every": 4, "above_chance": 0.0, "max_dec": 0.6}
@@ -482,3 +482,24 @@ def test_layers_that_are_full_and_layers_that_are_not_change_places(variant: str
         assert sum(seen[-1].values()) <= state.budget and min(seen[-1].values()) > 0
     assert "layer1.0.conv1.weight" not in started(strategy, task, clients).shared.mask
     assert (seen[0] == seen[2]) == (variant == "top")
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("name", ["ssfl", "prunefl"])
+def test_dense_work_is_refused_just_where_round_0_would_break_a_budget(name: str, narrow: bool) -> None:
+    task, clients = norm_task(), small_clients(1)
+    if narrow:
+        wide = torch.nn.Sequential(task.model, torch.nn.Linear(CLASSES, 10_000))
+        task = Task(task.model, task.input_shape, CLASSES, seed=0, reference=wide)
+    options = {"initial": "client", "momentum": 0.9, **SHORT} if name == "prunefl" else {}
+    strategy, _ = halves(name, batch_size=8, density=0.1, **options)
+    with LocalGrid(client_app(task, clients.__getitem__), 1, own_replies=False) as grid:
+        first = next(strategy.rounds(grid, 1, task=task, devices=[clients[0].device]))
+    (row,) = first["rows"]
+    assert first["round"] == 0 and (row["density_true"] < 0.5) == narrow
+    spent = {"density": row["density_true"], "forward_macs": row["forward_macs_max"], "memory": row["memory"]}
+    for what, value in spent.items():
+        less = value - 1 if what == "memory" else value * 0.999
+        strategy.foresee(task, [Device(0, Budget(**{what: value}))], Plan())
+        with pytest.raises(UserError, match=f"client 0, round 0: {what} {value:g} exceeds its budget"):
+            strategy.foresee(task, [Device(0, Budget(**{what: less}))], Plan())

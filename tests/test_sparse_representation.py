@@ -291,6 +291,13 @@ def test_the_largest_gradients_of_a_model_of_tokens() -> None:
         assert torch.allclose(values, dense.flatten()[at.long()], rtol=1e-4, atol=1e-7)
 
 
+class Standardised(nn.Linear):
+    """A layer that computes with another weight than it holds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight - self.weight.mean(), self.bias)
+
+
 class Odd(nn.Module):
     """A layer that is used twice, or not called."""
 
@@ -316,7 +323,12 @@ class Odd(nn.Module):
         (
             nn.Sequential(nn.Unflatten(1, (2, 3)), nn.ConvTranspose1d(2, 4, 1), nn.Flatten(), nn.Linear(12, 4)),
             "1.weight",
-            "of a ConvTranspose1d cannot be searched",
+            "of a ConvTranspose1d, which computes in its own way, cannot be searched",
+        ),
+        (
+            nn.Sequential(Standardised(6, 6), nn.Linear(6, 4)),
+            "0.weight",
+            "of a Standardised, which computes in its own way, cannot be searched",
         ),
     ],
 )

@@ -135,15 +135,20 @@ def federate(dataset: Dataset, config: PartitionConfig, seed: int) -> FederatedD
     public = _public(dataset, config, seed) if config.public else None
     held = _held_out(dataset, 0 if public else config.holdout, seed)
     try:
-        rows, names = _groups(dataset, config, seed, notes, held)
-        shares = _split(dataset, config, seed, rows, names, notes)
-        kept = _keep(dataset, config, shares, notes)
+        kept = _divided(dataset, config, seed, held, notes)
     except UserError as error:
         if not len(held):
             raise
+        _divided(dataset, config, seed, held[:0], [])  # raises the same where the hold-out is not to blame
         kept_back = f"partition.holdout = {config.holdout} keeps {len(held)} of {len(dataset)} examples at the server"
         raise UserError(f"{error}; {kept_back}") from error
     return _assemble(dataset, kept, held, public, _novel(len(kept), config.novel, seed), tuple(notes))
+
+
+def _divided(dataset: Dataset, config: PartitionConfig, seed: int, held: Array, notes: list[str]) -> list[_Shares]:
+    """The clients' examples, of all but those that the server keeps."""
+    rows, names = _groups(dataset, config, seed, notes, held)
+    return _keep(dataset, config, _split(dataset, config, seed, rows, names, notes), notes)
 
 
 def split_sizes(n: int, min_train: int, min_test: int) -> tuple[int, int, int]:

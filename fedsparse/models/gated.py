@@ -130,7 +130,7 @@ class Gated:
         shown = f"{math.ceil(1e4 * least) / 1e4:g}" if budget <= 1 else f"{math.ceil(least)}"
         what = "the first chunk of each tensor" if self.flat else "group 0 of each layer, the classifier and the gate"
         why = f"is below the smallest possible model {shown} ({what})"
-        raise TooSmallError(f"client {device.id}: budget {budget:g} {why}")
+        raise TooSmallError(f"client {device.id}: budget {budget:g} {why}", least / budget)
 
     def choose(
         self, importance: NDArray[np.float64], limits: Mapping[str, int], cost: str, solver: str, density: float | None
@@ -227,29 +227,33 @@ def gated_model(task: Task, layout: Layout) -> Gated:
 
 
 class TooSmallError(UserError):
-    """A budget below the smallest possible model."""
+    """A budget below the smallest possible model, which takes ``times`` the budget."""
+
+    def __init__(self, message: str, times: float) -> None:
+        super().__init__(message)
+        self.times = times
 
 
 def fitted(task: Task, layout: Layout, fits: Callable[[Gated], None]) -> Layout:
     """The layout with groups small enough for every budget: ``fits`` raises TooSmallError where one is not met.
 
-    Smaller groups make the forced ones smaller, and the gate larger; if no number of groups helps the error of the
-    layout itself is raised.
+    Smaller groups make the forced ones smaller, and the gate larger; if no number of groups helps the error that names
+    the smallest model is raised.
     """
-    try:
-        fits(gated_model(task, layout))
-        return layout
-    except TooSmallError:
-        if layout.mode != "structural":
-            raise
-        for groups in _more_groups(layout.blocks_per_layer):
-            finer = replace(layout, blocks_per_layer=groups)
-            try:
-                fits(gated_model(task, finer))
-            except UserError:
-                continue
+    errors: list[TooSmallError] = []
+    for groups in (layout.blocks_per_layer, *_more_groups(layout.blocks_per_layer)):
+        finer = replace(layout, blocks_per_layer=groups)
+        try:
+            fits(gated_model(task, finer))
             return finer
-        raise
+        except TooSmallError as error:
+            if layout.mode != "structural":
+                raise
+            errors.append(error)
+        except UserError:  # such as a gate larger than the model
+            if not errors:
+                raise
+    raise min(errors, key=lambda error: error.times)
 
 
 def _more_groups(start: int) -> Sequence[int]:

@@ -38,9 +38,9 @@ def find_spaces(
     for node in graph.nodes:
         _read(reader, node, after, class_gates)
     found = reader.result(keep=keep)
-    if class_gates and not any(scaled for *_, scaled in found.spaces):
+    if class_gates and not any(scaled and multiple == 1 for _, _, multiple, scaled in found.spaces):
         raise UserError(
-            "class_gates = true needs logits that come from a linear layer or a convolution, with nothing after it"
+            "class_gates = true needs logits that are each made of one unit of a linear layer or a convolution"
         )
     return found
 
