@@ -214,14 +214,14 @@ class FedTiny(ChangingMask):
         check_searchable(task, self._searched(task, ready))
         return self._announced(task, self._chosen(task, ready) if state.stage == "train" else ready)
 
-    def _searched(self, task: Task, state: FedTinyState) -> set[str]:
+    def _searched(self, task: Task, state: FedTinyState) -> list[str]:
         """The weights of which gradients will be searched, whichever candidate is selected."""
         sizes, found = prunable(task).sizes, set[str]()
         for counts in state.counts.tolist():
             pruned = [name for (name, size), k in zip(sizes.items(), counts, strict=True) if k < size]
             for group in layer_groups(pruned, self.granularity, self.order)[: self.turns(state)]:
                 found.update(group)
-        return found
+        return sorted(found)
 
     def _pretrained(self, task: Task) -> Params:
         """The dense model that the server starts from (phase 0)."""
