@@ -225,11 +225,13 @@ class GlobalMaskStrategy(AggregatingStrategy):
         if plan.on_over_budget != "stop" or not training:
             return
         cohort = [training[i] for i in sample_cohort(sorted(training), plan.fraction, plan.seed, 0)]
+        if not (asked := self.dense_before(cohort)):
+            return
         copies, decision = self.dense_buffers(task)
         batch = int(self.client_config.get("batch_size", SgdClient.batch_size))
         costs = masked_costs(task, {}, samples=0, batch=batch, copies=copies, decision=decision)
         known = {key: float(costs[key]) for key in ("density_true", "forward_macs", "memory")}
-        for device in self.dense_before(cohort):
+        for device in asked:
             if found := check(device.budget, **known):
                 raise exceeded(device.id, 0, found[0])
 

@@ -35,6 +35,7 @@ VARIANTS: list[tuple[str, dict[str, Any], float | None]] = [
     ("pfedgate", {"mode": "paper", "momentum": 0.9, "inference": "sample"}, 0.5),
     ("pfedgate", {"mode": "official", "momentum": 0.9, "relu_logits": True}, 0.5),
     ("pfedgate", {"gate_input": "client", "branches": "shared", "gate_pool": 4}, 0.5),
+    ("pfedgate", {"class_gates": True, "inference": "batch"}, 0.5),
     ("pfedgate", {"score": "random_batch"}, 0.5),
     ("pfedgate", {"open_gate": True}, None),
 ]
