@@ -42,13 +42,15 @@ OFFICIAL = (
     "method.lr=0.03",
     "method.gate_lr=1.5",
 )
+FIXED = ("method.mask_scope=client",)
+SLOW = ("method.momentum=0", "method.lr=0.2", "method.gate_lr=0.1")
 RUNS: dict[str, tuple[str, ...]] = {
     "fedavg_ft": ("method=fedavg_ft",),
     "local": ("method=local",),
     **{f"pfedgate_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]") for s in (1.0, *SHARES)},
-    "pfedgate_client_0.3": ("method=pfedgate", "budget.tiers=[0.3]", "method.mask_scope=client", "method.lr=0.2"),
-    # gates that start at one half, as the paper's, with the best of the rates that were tried for such
-    "pfedgate_from_half_0.3": ("method=pfedgate", "budget.tiers=[0.3]", "method.gate_start=0.5", "method.lr=0.8"),
+    "pfedgate_client_0.3": ("method=pfedgate", "budget.tiers=[0.3]", *FIXED),
+    # plain SGD, as the other rows, with the best of the rates that were tried for it: gates that hardly move
+    "pfedgate_slow_gates_0.3": ("method=pfedgate", "budget.tiers=[0.3]", *FIXED, *SLOW),
     **{f"official_{s:g}": (*OFFICIAL, f"budget.tiers=[{s:g}]") for s in SHARES},
 }
 NOVEL = ("partition.novel=0.2",)
@@ -58,7 +60,9 @@ CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|(
 # Tuning: the settings of the short runs on validation data, and what is tried in them. ft_lr 0 is lr itself.
 FEW = ("rounds=15", "evaluate.every=15", "fraction=0.1", "evaluate.fraction=0.3")
 OFTEN = ("partition.max_clients=20", "fraction=0.5", "rounds=24", "evaluate.every=24")  # twelve rounds a client
-ONE_MASK = {"mask_scope": "client", "lr": 0.2}
+PLAIN = {"momentum": 0}
+HALF = {"momentum": 0, "gate_start": 0.5}
+ONE_MASK = {"momentum": 0, "mask_scope": "client", "lr": 0.2}
 SCALED = {"class_gates": "true"}
 STEEP = {"momentum": 0.9, "lr": 0.03, "gate_lr": 1.5}  # the paper's rates, its code's momentum
 AS_LONG = ("partition.max_clients=6", "fraction=1.0", "rounds=20", "evaluate.every=20")  # the epochs of a whole run
@@ -80,16 +84,21 @@ TRIALS: dict[str, tuple[tuple[tuple[str, ...], tuple[dict[str, float | str], ...
             ),
         ),
     ),
-    "local": ((AS_LONG, ({"lr": 0.02}, {"lr": 0.05}, {"lr": 0.1})),),
+    "local": (
+        (
+            AS_LONG,
+            (*({"lr": lr} for lr in (0.02, 0.05, 0.1)), *({"momentum": 0.9, "lr": lr} for lr in (0.005, 0.01, 0.03))),
+        ),
+    ),
     "pfedgate_0.5": (
         (
             FEW,
             (
-                *({"lr": lr, "gate_lr": gate_lr} for lr in (0.2, 0.4) for gate_lr in (0.1, 1.0)),
-                {"lr": 0.8, "gate_lr": 0.1},
-                *({"lr": lr, "gate_lr": 0.1, "gate_start": 0.9} for lr in (0.1, 0.2)),
-                {"mask_scope": "client", "lr": 0.8},
-                {"gate_start": 0.9, "lr": 0.2, "gate_lr": 0.1, "mask_scope": "client"},
+                *({**HALF, "lr": lr, "gate_lr": gate_lr} for lr in (0.2, 0.4) for gate_lr in (0.1, 1.0)),
+                {**HALF, "lr": 0.8, "gate_lr": 0.1},
+                *({**PLAIN, "lr": lr, "gate_lr": 0.1} for lr in (0.1, 0.2)),
+                {**HALF, "mask_scope": "client", "lr": 0.8, "gate_lr": 0.1},
+                {**ONE_MASK, "gate_lr": 0.1},
             ),
         ),
     ),
@@ -109,6 +118,8 @@ TRIALS: dict[str, tuple[tuple[tuple[str, ...], tuple[dict[str, float | str], ...
                 *({**STEEP, **SCALED, "mask_scope": "client", "lr": lr} for lr in (0.01, 0.06)),
                 *({**STEEP, "mask_scope": "client", "gate_lr": gate_lr} for gate_lr in (5, 15, 50)),
                 {**STEEP, **SCALED, "mask_scope": "client", "gate_lr": 15},
+                *({**STEEP, "gate_lr": gate_lr} for gate_lr in (5, 15, 50, 150)),
+                *({**STEEP, "gate_lr": 15, "lr": lr} for lr in (0.015, 0.06)),
             ),
         ),
     ),
