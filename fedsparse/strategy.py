@@ -203,8 +203,14 @@ class FederatedStrategy(Strategy):
     ) -> State:
         """The state before the first exchange: of ``init``, once ``foresee`` and ``scheduled`` have agreed.
 
-        initial: one flat array in place of the initial global model. Raises UserError for whatever they refuse.
+        initial: one flat array in place of the initial global model. Raises UserError for whatever they refuse, and for
+        a model with frozen parameters.
         """
+        if task.frozen:
+            raise UserError(
+                f"frozen parameters are not supported, the model has {len(task.frozen)} with requires_grad = False:"
+                f" {shown(task.frozen)}"
+            )
         state = self.init(task, devices)
         self.foresee(task, devices, plan)
         if initial is not None and len(initial):

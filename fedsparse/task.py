@@ -153,6 +153,11 @@ class Task:
         self._slots = _slots(model)
 
     @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parameters that need no gradient: no run takes such a model, in which they would be trained and paid for."""
+        return tuple(name for name, p in self.model.named_parameters() if not p.requires_grad)
+
+    @property
     def tokens(self) -> bool:
         """Whether inputs are token numbers."""
         return self.vocabulary > 0

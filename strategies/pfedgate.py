@@ -10,6 +10,7 @@ inputs, so that dead columns are not averaged; what is scheduled is the budget, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +23,17 @@ from torch import Tensor
 from fedsparse.errors import UserError, shown, unknown
 from fedsparse.gating import GatedClient
 from fedsparse.method import load_client
-from fedsparse.models.gated import GATE_SHARE, Gated, fitted, gated_model, knapsack_cost
+from fedsparse.models.gate import Gate
+from fedsparse.models.gated import (
+    GATE_SHARE,
+    LEAST,
+    Gated,
+    TooSmallError,
+    fitted,
+    gated_model,
+    knapsack_cost,
+    official_floor,
+)
 from fedsparse.packet import Packet, Scalar
 from fedsparse.replies import LARGEST_WEIGHT, is_number
 from fedsparse.seeding import numpy_rng
@@ -139,12 +150,11 @@ class PFedGate(AggregatingStrategy):
         if gated.gate_size > model:
             raise UserError(
                 f"the gate has {gated.gate_size} parameters, more than the model ({model}); it has one output a block"
-                f" ({gated.cut.blocks}): set larger blocks (method.max_block_frac, method.blocks_per_layer),"
-                ' method.gate_pool or method.branches = "shared"'
+                f" ({gated.cut.blocks}): {_lighter(gated)}"
             )
         kinds = _kinds(devices)
         self._check_scope(half, kinds)
-        limited = [half.choice(gated, d, d.budget.density).limits for d in kinds]
+        limited = _limited(half, gated, kinds)
         if half.cost != "auto" and not any(half.cost in limits for limits in limited):
             raise UserError(f"cost = {half.cost!r} needs devices with a budget of it (budget.of, budget.table)")
         for device in kinds:
@@ -181,7 +191,7 @@ class PFedGate(AggregatingStrategy):
                     f"client {device.id} has a budget of multiply-adds, but mode = {half.mode!r} computes dense layers,"
                     f" gates and all; {record}"
                 )
-            if budget.density is None or (budget.density == 1 and not gated.flat):
+            if budget.density is None or (budget.density == 1 and (half.open_gate or not gated.flat)):
                 continue
             if half.open_gate or self.schedule != "constant":
                 what = "open_gate keeps every block" if half.open_gate else f"schedule = {self.schedule!r} starts above"
@@ -200,7 +210,7 @@ class PFedGate(AggregatingStrategy):
             return ()
         share = gated.gate_size / gated.dense
         if share > GATE_SHARE:
-            found.append(f"the gate has {share:.0%} of the model's parameters; method.gate_pool makes it smaller")
+            found.append(f"the gate has {share:.0%} of the model's parameters; to make it smaller, {_lighter(gated)}")
         kinds = _kinds(devices)[:_NOTED]
         found += [note for device in kinds if (note := self._no_choice(half, gated, device))]
         return tuple(found)
@@ -220,8 +230,7 @@ class PFedGate(AggregatingStrategy):
         same = f"a budget ({what}) leaves no choice: random importances all keep the same blocks"
         remedy = "set method.blocks_per_layer" + ("" if gated.flat else " or method.max_block_frac")
         if not choice.limits:
-            size = gated.cut.weights("parameters")[free & ~kept[0]].min()
-            return f"{same}; the smallest dropped one has {size} parameters, smaller ones would do: {remedy}"
+            return f"{same}; {_official_remedy(gated, kept[0], choice.density or 1.0)}"
         cost = knapsack_cost(choice.cost, choice.limits)
         left, unit = choice.limits[cost] - gated.cut.spent(kept[0], cost), cost.replace("_", "-")
         least = gated.cut.added(kept[0], cost)[~kept[0]].min()
@@ -372,6 +381,49 @@ def _drawn(clients: Sequence[Client], known: Container[int], seed: int) -> list[
         return found
     chosen = numpy_rng(seed, "diagnose").choice(len(found), _LOOKED_AT, replace=False)
     return [found[i] for i in np.sort(chosen)]
+
+
+def _limited(half: GatedClient, gated: Gated, kinds: Iterable[Device]) -> list[Mapping[str, int]]:
+    """The limits of each device. Raises TooSmallError for the one whose budget lacks most."""
+    found: list[Mapping[str, int]] = []
+    errors: list[TooSmallError] = []
+    for device in kinds:
+        try:
+            found.append(half.choice(gated, device, device.budget.density).limits)
+        except TooSmallError as error:
+            errors.append(error)
+    if errors:
+        raise max(errors, key=lambda error: error.times)
+    return found
+
+
+def _lighter(gated: Gated) -> str:
+    """What makes a gate smaller."""
+    gate, layout = gated.gate.model, gated.layout
+    assert isinstance(gate, Gate)
+    ways = ["fewer blocks (method.blocks_per_layer" + (")" if gated.flat else ", method.max_block_frac)")]
+    if len(gate.input_shape) > 1:  # there are positions to average over
+        ways.append("method.gate_pool")
+    if layout.gate.branches == "separate":
+        ways.append('method.branches = "shared"')
+    return "set " + " or ".join([", ".join(ways[:-1]), ways[-1]] if ways[1:] else ways)
+
+
+def _official_remedy(gated: Gated, kept: Bools, s: float) -> str:
+    """What would give the released code's choice room at budget ``s``, where it keeps ``kept`` whatever the scores."""
+    cut, found = gated.cut, []
+    sizes = cut.weights("parameters")
+    for members, capacity in gated.official_rooms(s):
+        dropped = members[~kept[members]]
+        if len(dropped):
+            found.append((capacity - int(sizes[members[kept[members]]].sum()), int(sizes[dropped].min())))
+    left, least = max(found, key=lambda room: room[0] / room[1])
+    if left > 0:
+        what = f"the smallest dropped one takes {least} parameters; blocks of at most {left} would do"
+        return f"{what}: set method.blocks_per_layer"
+    floor = f"of it nothing is left above the share {official_floor(gated.layout, s):g} that is always kept"
+    more = f"method.blocks_per_layer above {math.floor(1 / s)}" if s > LEAST else f"a budget above {LEAST}"
+    return f"{floor}: set {more}"
 
 
 def _kinds(devices: Sequence[Device]) -> list[Device]:

@@ -22,7 +22,7 @@ from fedsparse.models import build_model
 from fedsparse.models import gated as gated_module
 from fedsparse.models.gated import Gated, Layout, gated_model
 from fedsparse.packet import Packet, decode, encode, same
-from fedsparse.runner import run
+from fedsparse.runner import federation_of, run
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import batches
 from fedsparse.sparse.codec import pack_bits, unpack_bits
@@ -251,6 +251,20 @@ def test_the_smallest_budget_that_the_message_names_works() -> None:
     strategy = PFedGate(client_config=OPTIONS)
     with pytest.raises(UserError, match=r"client 3: budget 0\.01"):
         strategy.init(task, [Device(0, Budget(1.0)), Device(3, Budget(0.01))])
+
+
+@pytest.mark.parametrize("others", [(0.5,), (1.0, 0.35), (0.6, 0.02)])
+def test_of_budgets_that_are_too_small_the_smallest_is_named(others: tuple[float, ...]) -> None:
+    """Also where the finest cut, whose gate is the largest, would not fit the others either."""
+    task = make_task("mlp", (1, 8, 8), 8.0)
+    devices = [Device(i, Budget(density)) for i, density in enumerate((*others, 0.01))]
+    with pytest.raises(UserError, match=rf"client {len(others)}: budget 0\.01 is below") as error:
+        PFedGate().init(task, devices)
+    named = float(str(error.value).split("model ")[1].split()[0])
+    assert named < min(d for d in others if d != 0.02)
+    PFedGate().init(task, [*devices[:1], Device(9, Budget(named))])
+    with pytest.raises(UserError, match="client 9"):
+        PFedGate().init(task, [*devices[:1], Device(9, Budget(named * 0.99))])
 
 
 def test_groups_become_small_enough_for_the_smallest_budget() -> None:
@@ -597,6 +611,9 @@ def test_what_breaks_budgets_in_every_round_is_refused_unless_it_is_recorded(mod
     opened.init(task, [device])
     with pytest.raises(UserError, match="open_gate keeps every block, and client 2 has budget 0.2"):
         opened.foresee(task, [device], Plan())
+    whole = PFedGate(client_config={"open_gate": True, "mode": mode})
+    whole.init(task, [Device(2, Budget(1.0))])
+    whole.foresee(task, [Device(2, Budget(1.0))], Plan())  # all of the model is no more than all of it
 
 
 def test_notes_name_a_heavy_gate_and_budgets_without_a_choice() -> None:
@@ -605,12 +622,18 @@ def test_notes_name_a_heavy_gate_and_budgets_without_a_choice() -> None:
     official = PFedGate(client_config={"mode": "official"})
     official.init(task, devices)
     (note,) = official.notes(task, devices)
-    first = official._half.choice(official.gated, devices[0], 0.3).first()
-    dropped = official.gated.cut.weights("parameters")[~first]
+    # a tenth of what competes in linear layers is the spare budget, and all chunks but those of fc1.weight fit
+    cut = official.gated.cut
+    free = [t for t in cut.tensors if t.name.startswith(("fc1", "output"))]
+    spare = round((0.3 - 0.2) * sum(sum(t.sizes[1:]) for t in free))
+    left = spare - sum(sum(t.sizes[1:]) for t in free if t.name != "fc1.weight")
     assert note == (
         "a budget (0.3 of density) leaves no choice: random importances all keep the same blocks; the smallest dropped"
-        f" one has {dropped.min()} parameters, smaller ones would do: set method.blocks_per_layer"
+        f" one takes 419428 parameters; blocks of at most {left} would do: set method.blocks_per_layer"
     )
+    finer = PFedGate(client_config={"mode": "official", "blocks_per_layer": 2_097_152 // left + 1})
+    finer.init(task, devices)
+    assert not any("no choice" in note for note in finer.notes(task, devices))
     coarse = PFedGate(client_config={"gate_pool": 7, "blocks_per_layer": 2, "max_block_frac": 1.0})
     coarse.init(task, devices)
     (note,) = coarse.notes(task, devices)
@@ -623,9 +646,31 @@ def test_notes_name_a_heavy_gate_and_budgets_without_a_choice() -> None:
     server.init(task, devices)
     assert server.notes(task, devices) == ()
     heavy = PFedGate(client_config={})
-    heavy.init(make_task("mlp"), [Device(0)])
-    (note,) = heavy.notes(make_task("mlp"), [Device(0)])
-    assert "% of the model's parameters; method.gate_pool makes it smaller" in note
+    heavy.init(make_task("mlp", (64,)), [Device(0)])
+    (note,) = heavy.notes(make_task("mlp", (64,)), [Device(0)])
+    assert "% of the model's parameters; to make it smaller, set fewer blocks (method.blocks_per_layer, " in note
+    assert note.endswith('method.max_block_frac) or method.branches = "shared"')  # flat inputs are not pooled
+
+
+@pytest.mark.parametrize(
+    ("s", "blocks", "remedy"),
+    [(0.1, 5, "a budget above 0.1"), (0.1, 10, "a budget above 0.1"), (0.15, 5, "method.blocks_per_layer above 6")],
+)
+def test_the_official_budget_may_have_nothing_to_spare(s: float, blocks: int, remedy: str) -> None:
+    task, devices = make_task("leafcnn1", (1, 28, 28), 1.0), [Device(0, Budget(s))]
+    server = PFedGate(client_config={"mode": "official", "blocks_per_layer": blocks})
+    server.init(task, devices)
+    (note,) = server.notes(task, devices)
+    assert note.endswith(f"of it nothing is left above the share {s:g} that is always kept: set {remedy}")
+
+
+def test_ways_to_a_smaller_gate_are_those_that_there_are() -> None:
+    server = PFedGate(client_config={"mode": "official", "blocks_per_layer": 64})
+    with pytest.raises(UserError, match=r"more than the model .*: set fewer blocks \(method.blocks_per_layer\)$"):
+        server.init(make_task("mlp", (64,), 0.25), [Device(0)])
+    server = PFedGate(client_config={"mode": "paper", "blocks_per_layer": 64})
+    with pytest.raises(UserError, match='blocks_per_layer\\), method.gate_pool or method.branches = "shared"$'):
+        server.init(make_task("lenet", (3, 32, 32), 0.25), [Device(0)])
 
 
 # --- schedules -------------------------------------------------------------------------------------------------------
@@ -685,6 +730,23 @@ def test_a_whole_run_with_a_schedule(schedule: str, tmp_path: Path) -> None:
     densities = [max(r["density_true"] for r in done.clients if r["round"] == n) for n in range(1, 5)]
     assert densities[0] > 0.9
     assert schedule == "plateau" or (densities == sorted(densities, reverse=True) and densities[-1] <= 0.5)
+
+
+@pytest.mark.parametrize("scope", ["batch", "round"])
+def test_a_client_that_sits_out_is_scored_with_the_new_model_and_its_own_gate(scope: str, tmp_path: Path) -> None:
+    changes = ["rounds=3", "fraction=0.5", "partition.clients=8", "budget.tiers=[0.5]", "method.gate_lr=1"]
+    experiment = from_dict({}, [*changes, f"method.mask_scope={scope}", "evaluate.every=1"])
+    done, federation = run(experiment, out=tmp_path / "run"), federation_of(experiment)
+    server = PFedGate(client_config=dict(experiment.hyper))
+    server.init(federation.task, [c.device for c in federation.clients])
+    rows = {r["client"]: r for r in done.clients if r["round"] == 3}
+    idle = [c for c in federation.clients if rows[c.id]["loss"] is None]
+    assert any(done.memories.get(c.id) for c in idle)  # they have gates of their own
+    for client in federation.clients:
+        packet = server.broadcast(done.state, client.device)
+        own = done.memories.get(client.id, {})
+        score = PFedGateClient(**experiment.hyper).evaluate(federation.task, client, packet, own)["personal"]
+        assert rows[client.id]["personal"] == score.correct / score.n
 
 
 # --- the server ------------------------------------------------------------------------------------------------------
@@ -829,6 +891,35 @@ def test_memory_counts_the_gates_activations_and_the_packet() -> None:
         server, state = server_of(task, [client], **base, download="kept")
         reply, _ = train(task, client, server.broadcast(state, client.device), **base, download="kept")
         assert reply.scalars["memory"] <= memory
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "gate", "masks", "densities"),
+    [
+        ("leafcnn1", (1, 28, 28), 62, 31_488, (16, 1), (0.4342, 0.2456)),
+        ("lenet", (3, 32, 32), 10, 153_762, (16, 1), (0.4318, 0.2425)),
+        ("leafcnn3", (3, 32, 32), 100, 123_012, (16, 1), (0.4355, 0.2474)),
+    ],
+)
+def test_the_masks_of_mode_official_are_the_published_ones(
+    name: str,
+    shape: tuple[int, ...],
+    classes: int,
+    gate: int,
+    masks: tuple[int, int],
+    densities: tuple[float, float],
+) -> None:
+    """Specification, sections 2.4 and 3.6, through the method; budgets 0.5 and 0.3."""
+    task = Task(build_model(name, shape, classes), shape, classes, seed=7)
+    for s, number, density in zip((0.5, 0.3), masks, densities, strict=True):
+        server, device = PFedGate(client_config={"mode": "official"}), Device(0, Budget(s))
+        server.init(task, [device])
+        gated, choice = server.gated, server._half.choice(server.gated, device, s)
+        rng = np.random.default_rng(0)
+        kept = {choice.kept(rng.random(gated.cut.blocks)).tobytes() for _ in range(500)}
+        assert gated.gate_size == gate
+        assert len(kept) == number
+        assert {round(gated.cut.spent(np.frombuffer(k, bool)) / gated.dense, 4) for k in kept} == {density}
 
 
 def test_in_mode_official_what_no_client_has_used_counts_as_never_trained() -> None:

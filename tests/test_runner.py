@@ -83,6 +83,14 @@ def test_two_beginnings_are_refused() -> None:
         strategy.start(grid, arrays, num_rounds=1, task=task, state=state)
 
 
+def test_a_model_with_frozen_parameters_is_refused() -> None:
+    task, devices = norm_task(), [c.device for c in small_clients(2)]
+    next(task.model.parameters()).requires_grad_(False)
+    for method in ("fedavg", "pfedgate", "local"):
+        with pytest.raises(UserError, match=r"frozen parameters are not supported, the model has 1 .*weight"):
+            build(load_method(method), {}).first_state(task, devices, Plan(), 1)
+
+
 # --- the server's own flops ------------------------------------------------------------------------------------------
 
 

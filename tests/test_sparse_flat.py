@@ -219,6 +219,15 @@ def test_ten_chunks_have_some_freedom(name: str, s: float, density: float, disti
     assert [round(n / PUBLISHED[name].d, 3) for n in scalars(cut, masks)] == [density] * len(scalars(cut, masks))
 
 
+@pytest.mark.parametrize("name", ["leafcnn1", "lenet", "leafcnn3"])
+@pytest.mark.parametrize(("s", "density"), [(0.3, 0.24), (0.5, 0.43)])
+def test_twenty_chunks_leave_a_real_choice(name: str, s: float, density: float) -> None:
+    cut = published_cut(name, 20)
+    masks = chosen_masks(cut, 20, s, 300)
+    assert len(masks) == 300
+    assert {round(n / PUBLISHED[name].d, 2) for n in scalars(cut, masks)} == {density}
+
+
 def test_tied_importances_take_chunks_in_order() -> None:
     cut = published_cut("lenet")
     kept = official_choice(np.full(cut.blocks, 0.5), cut.sizes, cut.linear, ~cut.forced, 0.5, 0.2)

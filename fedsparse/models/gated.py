@@ -18,9 +18,9 @@ from fedsparse.models.gate import Gate, GateOptions
 from fedsparse.seeding import torch_rng
 from fedsparse.sparse.blocks import BLOCKS_PER_LAYER, MAX_BLOCK_FRAC, structural_cut
 from fedsparse.sparse.choose import choose_blocks
-from fedsparse.sparse.cut import COSTS, Bools, Cut
+from fedsparse.sparse.cut import COSTS, Bools, Cut, Ints
 from fedsparse.sparse.flat import FlatCut, flat_cut
-from fedsparse.sparse.knapsack import official_choice
+from fedsparse.sparse.knapsack import official_choice, official_rooms
 from fedsparse.task import Device, Split, Task
 
 MODES = ("structural", "paper", "official")
@@ -146,11 +146,19 @@ class Gated:
         return choose_blocks(self.cut, importance, limits, knapsack_cost(cost, limits), solver)
 
     def _official(self, importance: NDArray[np.float64], s: float) -> Bools:
-        cut = self.cut
-        assert isinstance(cut, FlatCut)
-        return official_choice(
-            importance, cut.weights("parameters"), cut.linear, ~cut.forced, s, official_floor(self.layout, s)
-        )
+        sizes = self.cut.weights("parameters")
+        floor = official_floor(self.layout, s)
+        return official_choice(importance, sizes, self._linear, ~self.cut.forced, s, floor)
+
+    def official_rooms(self, s: float) -> tuple[tuple[Ints, int], ...]:
+        """See :func:`fedsparse.sparse.knapsack.official_rooms`, for the official code's s."""
+        sizes = self.cut.weights("parameters")
+        return official_rooms(sizes, self._linear, ~self.cut.forced, s, official_floor(self.layout, s))
+
+    @property
+    def _linear(self) -> Bools:
+        assert isinstance(self.cut, FlatCut)
+        return self.cut.linear
 
     def mean_example(self, data: Split) -> Tensor:
         """(1, ...): the mean of a client's inputs, as the gate reads them."""
@@ -189,7 +197,7 @@ def knapsack_cost(cost: str, limits: Mapping[str, int]) -> str:
 
 def official_floor(layout: Layout, s: float) -> float:
     """s_min of the official code: min(max(1 / B, 0.1), s)."""
-    return min(max(1 / layout.blocks_per_layer, 0.1), s)
+    return min(max(1 / layout.blocks_per_layer, LEAST), s)
 
 
 @lru_cache(maxsize=16)

@@ -76,12 +76,18 @@ def official_choice(
         return np.ones(len(sizes), bool)
     score = np.round(10 * np.maximum(importance, floor)).astype(np.int64)
     kept = ~candidates
-    for group in (linear, ~linear):
-        members = np.flatnonzero(candidates & group)
-        capacity = round(float(sizes[members].sum()) * (sparsity - floor))
+    for members, capacity in official_rooms(sizes, linear, candidates, sparsity, floor):
         order = members[np.argsort(-score[members], kind="stable")]
         kept |= _in_turn(order, sizes, capacity)
     return kept
+
+
+def official_rooms(
+    sizes: Ints, linear: Bools, candidates: Bools, sparsity: float, floor: float
+) -> tuple[tuple[Ints, int], ...]:
+    """The two budgets of :func:`official_choice`: the blocks that compete and the size that may be kept of them."""
+    groups = (np.flatnonzero(candidates & group) for group in (linear, ~linear))
+    return tuple((members, round(float(sizes[members].sum()) * (sparsity - floor))) for members in groups)
 
 
 def knapsack(values: Sequence[float] | Floats, sizes: Sequence[int] | Ints, capacity: int) -> Bools:

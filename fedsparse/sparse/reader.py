@@ -171,7 +171,7 @@ class Reader:
         """keep: pin what cannot be cut, else raise UserError for it."""
         for what, spaces in self._culprits:
             if not keep and any(s == _NOWHERE or not self._spaces[self._root(s)].pinned for s in spaces):
-                raise cannot_cut(f'{what}; uncut = "keep" keeps it whole, and what it reads')
+                raise cannot_cut(f'{what}; method.uncut = "keep" keeps it whole, and what it reads')
         for space in {space for _, reached in self._culprits for space in reached} - {_NOWHERE}:
             self.pin(space)
         free = [i for i, space in enumerate(self._spaces) if space.parent == i and not space.pinned]
@@ -198,7 +198,7 @@ class Reader:
 
 
 def cannot_cut(what: str) -> UserError:
-    return UserError(f"pFedGate cannot cut {what}")
+    return UserError(f'pFedGate cannot cut {what}; method.mode = "paper" takes any model')
 
 
 def acts_in(value: Value) -> list[Act]:
