@@ -11,7 +11,7 @@ straight-through gradient: with whole channels and ReLU the paper's would be zer
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,6 +28,8 @@ from fedsparse.sparse.cut import Bools, Cut, Working
 from fedsparse.sparse.flat import FlatModel
 from fedsparse.steps import clip_, step_
 from fedsparse.task import Client, Params, Score, Split, Task, score
+
+_LOOKED_AT = 256  # training examples of which evaluation masks are told, in whole batches: a knapsack each by sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,6 +186,22 @@ class PFedGateClient(GatedClient):
         """The kept set and the gate values with which the client would deploy a model now, both (L,)."""
         return self._client_wide(self._scene(task, client, packet, memory))
 
+    def evaluation_masks(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Bools:
+        examples = max(1, _LOOKED_AT // self._together) * self._together  # a batch cut short has another mask
+        x = client.train.x[:examples].to(task.device)
+        return np.array([kept for _, kept, _ in self._masked(self._scene(task, client, packet, memory), x)])
+
+    @property
+    def _together(self) -> int:
+        """Examples that share a mask where inference is by batch or by sample."""
+        return self.batch_size if self.inference_mode == "batch" else 1
+
+    def _masked(self, scene: _Scene, x: Tensor) -> Iterator[tuple[Tensor, Bools, Tensor]]:
+        """The examples that share a mask, their kept set and their gate values, part by part of ``x``."""
+        choice, gate = self._choice(scene), scene.gated.gate.placed(gate_tensors(scene.gated, scene.memory))
+        for part in torch.split(x, self._together):
+            yield part, *choice.evaluated(gate, part)
+
     def _personal(self, scene: _Scene, data: Split) -> Score:
         """The deployed model's score on ``data``; see ``inference``."""
         work = self._work(scene, train=False)
@@ -192,15 +210,13 @@ class PFedGateClient(GatedClient):
             kept, gates = self._client_wide(scene)
             work.use(kept)
             return score(lambda x: self._logits(work.forward(gates, x)), data, scene.task.device)
-        choice, gate = self._choice(scene), scene.gated.gate.placed(gate_tensors(scene.gated, scene.memory))
 
         def predict(x: Tensor) -> Tensor:
-            parts = []
-            for chunk in torch.split(x, self.batch_size if self.inference_mode == "batch" else 1):
-                kept, gates = choice.evaluated(gate, chunk)
+            logits = []
+            for part, kept, gates in self._masked(scene, x):
                 work.use(kept)
-                parts.append(work.forward(gates, chunk))
-            return self._logits(torch.cat(parts))
+                logits.append(work.forward(gates, part))
+            return self._logits(torch.cat(logits))
 
         return score(predict, data, scene.task.device)
 

@@ -68,9 +68,10 @@ class Swapper:
         assert isinstance(strategy, PFedGate)
         strategy.init(self.task, [c.device for c in self.clients])
         half = PFedGateClient(**strategy.client_config)
-        packet = strategy.broadcast(done.state, self.clients[0].device)
+        said = strategy.broadcast(done.state, self.clients[0].device).scalars
         self.cut: Cut = strategy.gated.cut
-        self.packet: Packet = packet
+        # the whole model, whatever is downloaded: any mask can be tried, and each client's own is in its memory
+        self.packet: Packet = Packet("evaluate", done.state.params, said)
         self.deployed = [self._deployed(half, c, strategy, done) for c in self.clients]
         self.budget = half.choice(strategy.gated, self.clients[0].device, self.clients[0].device.budget.density)
 

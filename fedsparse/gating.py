@@ -313,3 +313,10 @@ class GatedClient(SgdClient):
     @abstractmethod
     def deployed(self, task: Task, client: Client, packet: Packet, memory: Memory) -> tuple[Bools, Tensor]:
         """The kept set and the gate values with which the client would deploy a model now, both (L,)."""
+
+    @abstractmethod
+    def evaluation_masks(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Bools:
+        """(n, L): the kept sets that inference by batch or by sample finds on the client's training data, in order.
+
+        Only the first few hundred examples are looked at, or one batch where ``batch_size`` is larger.
+        """

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedsparse.errors import UserError, shown, unknown
@@ -340,8 +341,9 @@ class PFedGate(AggregatingStrategy):
     ) -> Mapping[str, Any]:
         """Of the clients' deployed masks: how many differ, their mean overlap (Jaccard, over the blocks that are not
         forced, of all pairs), the share of blocks that no client has trained, and how often a training batch's mask
-        agrees with the client's deployed one on a block that is not forced. Beside them the gate's share of the model,
-        the mode of inference, and of how many clients this is: at most ``_LOOKED_AT``, drawn by the run's seed."""
+        agrees on a block that is not forced with the deployed one, or with one of those of inference by batch or by
+        sample. Beside them the gate's share of the model, the mode of inference, and of how many clients this is: at
+        most ``_LOOKED_AT``, drawn by the run's seed."""
         state, half, cut = _gate(state), self._half, self.gated.cut
         free = ~cut.forced
         if half.open_gate or not free.any():
@@ -349,18 +351,18 @@ class PFedGate(AggregatingStrategy):
         known = [c for c in _drawn(clients, memories, task.seed) if "mask/used" in memories[c.id]]
         masks, agreements = [], []
         for client in known:
-            memory = dict(memories[client.id])
-            kept = half.deployed(task, client, self.broadcast(state, client.device), memory)[0][free]
-            used = memory["mask/used"].double().numpy()[free]
-            masks.append(kept)
-            agreements.append(float(np.where(kept, used, 1 - used).mean()))
+            packet, memory = self.broadcast(state, client.device), dict(memories[client.id])
+            mask, one = half.deployed(task, client, packet, memory)[0], half.inference_mode == "client"
+            evaluated = mask[None] if one else half.evaluation_masks(task, client, packet, memory)
+            masks.append(mask[free])
+            agreements.append(_agreement(memory["mask/used"].double().numpy()[free], evaluated[:, free]))
         if not masks:
             return {}
         return {
             "distinct": len({m.tobytes() for m in masks}),
             "mean_overlap": _overlap(np.array(masks)),
             "never_trained": 1 - float(self._trained(state, [memories[c.id] for c in known]).mean()),
-            "agreement": sum(agreements) / len(agreements) if half.inference_mode == "client" else None,
+            "agreement": sum(agreements) / len(agreements),
             "gate_share": self.gated.gate_size / self.gated.dense,
             "inference": half.inference_mode,
             "of_clients": len(known),
@@ -452,6 +454,15 @@ def _plateau(state: GateState, accuracy: float | None, patience: int) -> GateSta
     if state.best < 0:
         raise UserError(f'schedule = "plateau" needs validation data; no client of {patience} rounds had any')
     return replace(state, above=max(0.0, state.above - 0.25), waited=0)
+
+
+def _agreement(used: NDArray[np.float64], masks: Bools) -> float:
+    """How often a random training batch and a random evaluation mask agree on a block, in [0, 1], mean over blocks.
+
+    used: (L,) the share of training batches that keep each block, in [0, 1]. masks: (n, L), the evaluation masks.
+    """
+    evaluated = masks.mean(axis=0)
+    return float((used * evaluated + (1 - used) * (1 - evaluated)).mean())
 
 
 def _overlap(masks: np.ndarray[Any, Any]) -> float | None:

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from clients.fedavg import FedAvgClient
 from clients.pfedgate import PFedGateClient
+from experiments import swap
 from fedsparse.errors import UserError
-from fedsparse.experiment import from_dict
+from fedsparse.experiment import from_dict, load_experiment
+from fedsparse.gating import Choice
 from fedsparse.models import build_model
 from fedsparse.models import gated as gated_module
 from fedsparse.models.gated import Gated, Layout, gated_model
@@ -26,6 +28,7 @@ from fedsparse.runner import federation_of, run
 from fedsparse.seeding import torch_rng
 from fedsparse.sgd import batches
 from fedsparse.sparse.codec import pack_bits, unpack_bits
+from fedsparse.sparse.cut import Bools
 from fedsparse.sparse.mean import WeightedMean
 from fedsparse.strategy import Plan, Reply
 from fedsparse.task import Budget, Client, Device, Split, Task
@@ -939,6 +942,63 @@ def test_in_mode_official_what_no_client_has_used_counts_as_never_trained() -> N
     assert server.diagnose(task, state, clients, memories)["never_trained"] == 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"mode": "official", "blocks_per_layer": 10, "gate_start": 0.55},
+        {"inference": "batch"},
+        {"inference": "batch", "batch_size": 30},
+        {"inference": "batch", "batch_size": 300, "epochs": 3},
+        {"inference": "sample", "mode": "paper"},
+    ],
+)
+def test_agreement_with_masks_by_batch_and_by_sample(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted by hand: each training mask of the last round with each evaluation mask, of 256 examples at most."""
+    seen: dict[int, list[Bools]] = {0: [], 1: []}
+    batch = Choice.batch
+
+    def spied(choice: Choice, *args: object) -> tuple[Bools, Tensor, Tensor | None]:
+        found = batch(choice, *args)  # type: ignore[arg-type]
+        seen[choice.client].append(found[0])
+        return found
+
+    monkeypatch.setattr(Choice, "batch", spied)
+    task, half = make_task("cnn"), half_of(**options)
+    clients = [make_client(task, i, 0.5, n=n) for i, n in enumerate((27, 310))]
+    server, state, memories, _ = play(task, clients, 2, **options)
+    free, agreements, varied = ~server.gated.cut.forced, [], False
+    size = 1 if half.inference == "sample" else half.batch_size
+    for client in clients:
+        gate = {n.removeprefix("gate/"): t for n, t in memories[client.id].items() if n.startswith("gate/")}
+        choice, evaluated, start = half.choice(server.gated, client.device, 0.5), [], 0
+        while start < len(client.train) and (start == 0 or start + size <= 256):
+            evaluated.append(choice.evaluated(gate, client.train.x[start : start + size])[0])
+            start += size
+        last = seen[client.id][len(seen[client.id]) // 2 :]
+        agreements.append(np.mean([(a == b)[free] for a in last for b in evaluated]))
+        varied |= len({e.tobytes() for e in evaluated}) > 1
+    assert varied == (half.batch_size < 300)
+    found = server.diagnose(task, state, clients, memories)
+    assert found["agreement"] == pytest.approx(np.mean(agreements))
+    assert 0 < found["agreement"] < 1 and found["inference"] == half.inference_mode != "client"
+    wide = [half.deployed(task, c, server.broadcast(state, c.device), memories[c.id])[0][free] for c in clients]
+    assert found["distinct"] == len({w.tobytes() for w in wide})  # of the masks that these clients would deploy
+
+
+def test_agreement_with_one_mask_is_how_often_training_agrees_with_it() -> None:
+    task, options = make_task("cnn"), {"gate_lr": 20.0, "score_noise": 0.1}
+    clients = [make_client(task, i, 0.5) for i in range(3)]
+    server, state, memories, _ = play(task, clients, 2, **options)
+    half, free, expected = half_of(**options), ~server.gated.cut.forced, []
+    for client in clients:
+        kept, _ = half.deployed(task, client, server.broadcast(state, client.device), memories[client.id])
+        used = memories[client.id]["mask/used"].double().numpy()
+        expected.append(np.where(kept, used, 1 - used)[free].mean())
+    assert server.diagnose(task, state, clients, memories)["agreement"] == sum(expected) / 3 < 1
+
+
 def test_diagnostics_of_many_clients_look_at_some_and_compare_them_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     task = make_task("cnn")
     clients = [make_client(task, i, 0.5) for i in range(5)]
@@ -970,6 +1030,18 @@ def test_diagnostics_count_masks_overlap_and_what_was_never_trained() -> None:
     fresh = server.diagnose(task, state, clients, {i: {} for i in range(4)})
     assert fresh == {}
     assert pack_bits(masks[0]).dtype == torch.uint8
+
+
+@pytest.mark.parametrize("options", [{"download": "changed"}, {"download": "kept", "mask_scope": "round"}])
+def test_swapping_masks_starts_from_what_each_client_deploys(options: dict[str, str], tmp_path: Path) -> None:
+    """Whatever is downloaded, and for clients that have not trained as well."""
+    small = ["rounds=1", "fraction=0.5", "partition.clients=4", "budget.tiers=[0.5]", "engine.workers=1"]
+    changes = [*small, *(f"method.{key}={value}" for key, value in options.items())]
+    experiment = load_experiment(swap.HERE / "digits_pfedgate.toml", changes)
+    done = run(experiment, out=tmp_path / "run")
+    gains = swap.Swapper(experiment, done).gains()
+    assert np.mean(gains["own"]) == pytest.approx(done.summary["accuracy"]["personal"]["mean"])
+    assert set(gains) == {"own", *swap.SWAPS}
 
 
 # --- gates of classes ------------------------------------------------------------------------------------------------
