@@ -73,7 +73,7 @@ def run(
     method: Annotated[str, typer.Option(help="A method, pkg.module:Class or a file.")] = "",
     client: Annotated[str, typer.Option(help="A client half of yours under the method's server half.")] = "",
     dataset: Annotated[str, typer.Option(help="A data set, a .npz file or a folder.")] = "",
-    model: Annotated[str, typer.Option(help="A model.")] = "",
+    model: Annotated[str, typer.Option(help="A model, pkg.module:callable or a file.")] = "",
     rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
     seed: Annotated[int | None, typer.Option(help="Fixes partition, initial model and all randomness.")] = None,
     engine: Annotated[str, typer.Option(help="Where clients run: local or ray.")] = "",

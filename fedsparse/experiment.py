@@ -84,11 +84,12 @@ class EvaluateConfig:
 class Experiment:
     """A run, fully described. Raises UserError for a value that is not allowed.
 
-    dataset: a name of ``fedsparse list datasets`` or a path. model: "" = the data set's default. width: factor on
-    channels and features, above 0. norm: "batch" or "group". narrow: "" or the dense control, a model narrowed to
-    ``narrow_to`` (0, 1] of the "parameters" or the "multiply_adds" ("" = as it is). rounds: communication rounds.
-    fraction: of clients in a round, (0, 1]. device: where models are trained and scored, "cpu", "cuda" (a GPU,
-    through PyTorch's CUDA) or "auto" (a GPU where there is one). name: of the run folder.
+    dataset: a name of ``fedsparse list datasets`` or a path. model: a name of ``fedsparse list models``,
+    ``pkg.module:callable`` or a file; "" = the data set's default. width: factor on channels and features, above 0.
+    norm: "batch" or "group". narrow: "" or the dense control, a model narrowed to ``narrow_to`` (0, 1] of the
+    "parameters" or the "multiply_adds" ("" = as it is). rounds: communication rounds. fraction: of clients in a round,
+    (0, 1]. device: where models are trained and scored, "cpu", "cuda" (a GPU, through PyTorch's CUDA) or "auto" (a GPU
+    where there is one). name: of the run folder.
     sparse: how layers under an element mask are computed: "dense", "sparse", or "auto" for what is faster at their
     density; crossover: for "auto", by layer the density from which on dense is faster ({} = measured, once a machine).
     client: a client half to put under the method's server half. method: a name, ``pkg.module:Class`` or a file;

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
-import importlib.util
-import inspect
 import pkgutil
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,6 +14,7 @@ from typing import Any
 
 from fedsparse.client import FederatedClient
 from fedsparse.errors import UserError, unknown
+from fedsparse.plugin import own_classes, split, user_module
 from fedsparse.strategy import FederatedStrategy
 
 _GIVEN = (
@@ -105,9 +102,8 @@ def _defaults(cls: type[Any]) -> dict[str, Any]:
 
 
 def _load(spec: str, base: type[Any], folder: str, kind: str) -> Any:
-    path, _, name = spec.rpartition(":") if ":" in spec else (spec, "", "")
-    module = _module(path, folder, kind)
-    found = {n: c for n, c in vars(module).items() if _is_final(c, base) and c.__module__ == module.__name__}
+    path, name = split(spec)
+    found = own_classes(_module(path, folder, kind), base)
     if name and name not in found:
         raise unknown(f"{base.__name__} in {path}", name, found)
     if not name and len(found) != 1:
@@ -125,14 +121,8 @@ def _load(spec: str, base: type[Any], folder: str, kind: str) -> Any:
     return cls
 
 
-def _is_final(cls: Any, base: type[Any]) -> bool:
-    return inspect.isclass(cls) and issubclass(cls, base) and cls is not base and not inspect.isabstract(cls)
-
-
 def _module(path: str, folder: str, kind: str) -> ModuleType:
-    if path.endswith(".py") or "/" in path:
-        return _file_module(Path(path), kind)
-    if "." not in path:
+    if "." not in path and "/" not in path:
         package = _builtin(folder)
         names = [m.name for m in pkgutil.iter_modules(package.__path__) if m.name not in _APPS]
         if path not in names:
@@ -140,32 +130,7 @@ def _module(path: str, folder: str, kind: str) -> ModuleType:
         path = f"{folder}.{path}"
     elif path.split(".")[0] == folder:
         _builtin(folder)
-    try:
-        return importlib.import_module(path)
-    except ModuleNotFoundError as error:
-        beside = Path(*path.split(".")).with_suffix(".py")  # the console script does not look in the current folder
-        if beside.is_file():
-            return _file_module(beside, kind)
-        raise UserError(f"{kind} {path!r}: no such module ({error})") from error
-
-
-def _file_module(path: Path, kind: str) -> ModuleType:
-    if not path.is_file():
-        raise UserError(f"{kind} file {str(path)!r} does not exist")
-    name = "fedsparse_user_" + hashlib.blake2b(str(path.resolve()).encode(), digest_size=6).hexdigest()
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{kind} file {str(path)!r} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up by name
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        del sys.modules[name]
-        raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
-    return module
+    return user_module(path, kind)
 
 
 @lru_cache(maxsize=4)

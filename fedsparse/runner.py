@@ -442,9 +442,10 @@ def _task(experiment: Experiment, data: FederatedData, name: str) -> tuple[Task,
 
     width = experiment.width
     notes: tuple[str, ...] = ()
-    with torch.device("meta"):
-        reference = make(width)
+    reference = None
     if experiment.narrow:
+        with torch.device("meta"):
+            reference = make(width)
         factor, share = narrow_width(
             lambda w: make(w * experiment.width),
             data.input_shape,

@@ -128,6 +128,7 @@ def test_help_and_version(cli: Cli) -> None:
         (["--method", "nowhere/mine.py"], ["'nowhere/mine.py'", "does not exist"]),
         (["--method", "no_such_module:Mine"], ["'no_such_module'"]),
         (["--model", "resnet"], ["model 'resnet'", "did you mean 'resnet18'"]),
+        (["--model", "nowhere/net.py:build"], ["model file 'nowhere/net.py'", "does not exist"]),
         (["--dataset", "digit"], ["'digit'", "did you mean 'digits'"]),
         (["--dataset", "nowhere.npz"], ["nowhere.npz"]),
         (["nowhere.toml"], ["experiment file 'nowhere.toml'"]),

@@ -34,6 +34,7 @@ from fedsparse.strategy import Plan
 from fedsparse.verify import engines_of, verify
 from tests.helpers import norm_task, small_clients
 from tests.test_contract import METHODS, halves
+from tests.test_own_models import NET, SHORT
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Ray's own
 
@@ -322,6 +323,14 @@ def test_a_run_and_verify_on_ray(tmp_path: Path) -> None:
     message = Message(encode(Packet("query")), 2, "query", group_id="0")
     asked = app_of(config)(message, Context(1, 2, {"partition-id": 1, "num-partitions": 3}, RecordDict(), {}))
     assert len(clients) == 3 and decode(asked.content).scalars["id"] == 1
+
+
+def test_a_model_of_ones_own_is_loaded_by_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the same words, relative to where the driver is."""
+    (tmp_path / "net.py").write_text(NET)
+    monkeypatch.chdir(tmp_path)
+    made = from_dict({}, ["model=net.py:Net", *SHORT, "method=pfedgate"])
+    assert len({digest for _, digest in verify(made, engines_of("local:1,ray:2"))}) == 1
 
 
 def test_other_deaths(monkeypatch: pytest.MonkeyPatch, local: Callable[[str], str]) -> None:

@@ -28,7 +28,7 @@ from fedsparse.experiment import (
 ROOT = Path(__file__).resolve().parents[1]
 FULL = Experiment(
     dataset="mnist",
-    model="leafcnn1",
+    model="mylab/net.py:build",
     width=0.5,
     norm="group",
     narrow="parameters",

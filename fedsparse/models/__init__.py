@@ -1,4 +1,4 @@
-"""Networks in pure torch, built by name for an input shape and a number of classes."""
+"""Networks in pure torch, built by name, or by a callable of a user's, for an input shape and a number of classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of the networks, what inputs each takes, and the one function that builds them."""
+"""Names of the networks, what inputs each takes, and the one function that builds them and those of users."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedsparse.errors import UserError, unknown
 from fedsparse.models import chains
 from fedsparse.models.charlstm import charlstm
 from fedsparse.models.layers import NORMS, Recipe
+from fedsparse.models.own import build_own, is_own
 from fedsparse.models.resnet import resnet18
 
 _FORMS = {"image": "images (channels, height, width)", "series": "series (channels, steps)", "tokens": "tokens (steps)"}
@@ -57,11 +58,14 @@ def build_model(
 ) -> nn.Module:
     """A new network that maps (n, *input_shape) to logits (n, classes).
 
-    Its initial values come from torch's global generator: fork and seed it around the call.
-    width: factor on all hidden channels and features, above 0; norm: "batch" or "group", for the networks that have
-    norms; vocabulary: number of tokens, 0 for numeric input. Raises UserError where name and input do not fit.
+    name: of ``model_names``, or a callable of a user's, ``pkg.module:callable``, ``file.py:callable`` or ``file.py``
+    (:func:`fedsparse.models.own.build_own`). Its initial values come from torch's global generator: fork and seed it
+    around the call. width: factor on all hidden channels and features, above 0; norm: "batch" or "group", for the
+    networks that have norms; vocabulary: number of tokens, 0 for numeric input. Raises UserError where name and input
+    do not fit.
     """
-    if name not in _MODELS:
+    own = is_own(name)
+    if not own and name not in _MODELS:
         raise unknown("model", name, _MODELS)
     if norm not in NORMS:
         raise unknown("norm", norm, NORMS)
@@ -69,8 +73,10 @@ def build_model(
         raise UserError(f"width must be above 0, got {width}")
     if classes < 1:
         raise UserError(f"classes must be at least 1, got {classes}")
-    entry = _MODELS[name]
     shape = tuple(input_shape)
+    if own:
+        return build_own(name, shape, classes, {"width": width, "norm": norm, "vocabulary": vocabulary})
+    entry = _MODELS[name]
     _check_kind(name, entry, vocabulary)
     _check_shape(name, entry, shape)
     return entry.build(Recipe(shape, classes, width, norm, vocabulary))

@@ -1,0 +1,136 @@
+"""Networks of a user's: ``pkg.module:callable`` or ``file.py:callable``, built and checked."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from fedsparse.errors import UserError, named, one_line, unknown
+from fedsparse.plugin import own_classes, split, user_module
+from fedsparse.threads import one_thread
+
+_DEFAULTS = {"width": 1.0, "norm": "batch", "vocabulary": 0}  # what a callable need not know of
+_NEEDED_BY = {
+    "width": "a width other than 1 and narrow need",
+    "norm": 'norm = "group" needs',
+    "vocabulary": "data of tokens need",
+}
+_EXAMPLES = 2  # in the check: with one, a network that loses the batch may pass
+
+
+def is_own(name: str) -> bool:
+    """Whether this names a user's network, not a built-in one."""
+    return any(mark in name for mark in ":/.")
+
+
+def build_own(spec: str, input_shape: tuple[int, ...], classes: int, options: Mapping[str, Any]) -> nn.Module:
+    """The network that the callable gives for ``input_shape`` and ``classes``, which it is called with by name.
+
+    options: width, norm and vocabulary, given where the callable has a parameter of that name; other values than
+    their defaults are refused where it has not. A file's callable may be left out if the file holds one nn.Module.
+    Raises UserError for a callable that is not there, fails, or gives what cannot be trained on such data.
+    """
+    build = _callable(spec)
+    given = {"input_shape": input_shape, "classes": classes, **_known(spec, build, options)}
+    with one_thread():
+        model = _called(spec, build, given)
+        complaint = _complaint(model, input_shape, classes, tokens=options["vocabulary"] > 0)
+    if complaint:
+        raise UserError(f"model {spec!r}: {complaint}")
+    return model
+
+
+def _callable(spec: str) -> Callable[..., Any]:
+    path, name = split(spec)
+    module = user_module(path, "model")
+    if not name:
+        return _only_class(spec, path, module)
+    if name not in vars(module):
+        raise unknown(f"function or class in model {path!r}:", name, _offered(module))
+    found = vars(module)[name]
+    if not callable(found) or isinstance(found, nn.Module):
+        raise UserError(f"model {spec!r}: {name} is of type {type(found).__name__}, it must be a function or a class")
+    return found  # type: ignore[no-any-return]
+
+
+def _only_class(spec: str, path: str, module: ModuleType) -> type[nn.Module]:
+    classes = own_classes(module, nn.Module)
+    if len(classes) != 1:
+        raise UserError(
+            f"model {spec!r} must hold one nn.Module class, it holds {sorted(classes) or 'none'};"
+            f" name a class or a function with {path}:NAME"
+        )
+    return next(iter(classes.values()))  # type: ignore[no-any-return]
+
+
+def _offered(module: ModuleType) -> list[str]:
+    """The functions and classes that the module itself defines."""
+    own = {n: v for n, v in vars(module).items() if getattr(v, "__module__", "") == module.__name__}
+    return [n for n, v in own.items() if inspect.isfunction(v) or inspect.isclass(v)]
+
+
+def _known(spec: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that the callable knows. Raises UserError for one that it ought to know."""
+    parameters = _signature(spec, build).parameters
+    for name, value in options.items():
+        if name not in parameters and value != _DEFAULTS[name]:
+            raise UserError(f"model {spec!r} takes no {name!r}, which {_NEEDED_BY[name]}")
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def _signature(spec: str, build: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(build)
+    except ValueError as error:  # of some callables in C
+        raise UserError(f"model {spec!r}: {error}") from error
+
+
+def _called(spec: str, build: Callable[..., Any], given: Mapping[str, Any]) -> nn.Module:
+    arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
+    try:
+        _signature(spec, build).bind(**given)
+    except TypeError as error:
+        raise UserError(f"model {spec!r} cannot be called with {arguments}: {error}") from error
+    try:
+        model = build(**given)
+    except Exception as error:
+        raise UserError(f"model {spec!r} failed with {arguments}: {one_line(named(error))}") from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model {spec!r} must give a torch.nn.Module, it gave a {type(model).__name__}")
+    return model
+
+
+def _complaint(model: nn.Module, input_shape: tuple[int, ...], classes: int, *, tokens: bool) -> str:
+    """Why the model cannot be trained on such data; "" if it can. The model itself is not run."""
+    parameters = dict(model.named_parameters())
+    if not parameters:
+        return "it has no parameters"
+    for name, p in parameters.items():
+        if is_lazy(p):
+            return f"{name} has no size before it runs; run the network once before you return it"
+        if not p.requires_grad:
+            return f"{name} has requires_grad = False, but all parameters are trained; make it a buffer"
+    if any(p.is_meta for p in parameters.values()):  # narrow asks for sizes alone
+        return ""
+    return _output_complaint(model, (_EXAMPLES, *input_shape), (_EXAMPLES, classes), tokens)
+
+
+def _output_complaint(model: nn.Module, given: tuple[int, ...], wanted: tuple[int, ...], tokens: bool) -> str:
+    """What is wrong with the answer of a copy to a batch of zeros."""
+    x = torch.zeros(given, dtype=torch.int64 if tokens else torch.float32)
+    try:
+        with torch.no_grad():
+            logits = copy.deepcopy(model).eval()(x)
+    except Exception as error:
+        return f"it does not run on inputs of shape {given}: {one_line(named(error))}"
+    if not isinstance(logits, Tensor):
+        return f"it gives a {type(logits).__name__}, it must give logits of shape (n, classes)"
+    shape = tuple(logits.shape)
+    return "" if shape == wanted else f"it maps inputs of shape {given} to {shape}, they must become logits {wanted}"
