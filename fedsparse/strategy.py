@@ -209,7 +209,7 @@ class FederatedStrategy(Strategy):
         if task.frozen:
             raise UserError(
                 f"frozen parameters are not supported, the model has {len(task.frozen)} with requires_grad = False:"
-                f" {shown(task.frozen)}"
+                f" {shown(task.frozen)}; make them buffers"
             )
         state = self.init(task, devices)
         self.foresee(task, devices, plan)

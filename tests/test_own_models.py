@@ -152,7 +152,6 @@ def test_narrow_narrows_a_model_that_takes_a_width() -> None:
         ("odd.py:text", "must give a torch.nn.Module, it gave a str"),
         ("odd.py:empty", "it has no parameters"),
         ("odd.py:lazy", "1.weight has no size before it runs"),
-        ("odd.py:frozen", "1.weight has requires_grad = False, but all parameters are trained"),
         ("odd.py:narrow", r"it maps inputs of shape \(2, 1, 8, 8\) to \(2, 3\), they must become logits \(2, 4\)"),
         ("odd.py:whole", r"it maps inputs of shape \(2, 1, 8, 8\) to \(8,\), they must"),
         ("odd.py:other", r"it does not run on inputs of shape \(2, 1, 8, 8\): RuntimeError: "),
@@ -168,6 +167,12 @@ def test_what_cannot_be_trained_is_one_line(
     with pytest.raises(UserError, match=message) as caught:
         build_model(spec, (1, 8, 8), 4)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_model_that_is_not_trained_in_full_is_refused() -> None:
+    with pytest.raises(UserError, match="frozen parameters are not supported, the model has 2 .*'1.weight'"):
+        run(from_dict({}, [*SHORT, "model=odd.py:frozen", "method=fedavg"]))
 
 
 @pytest.mark.parametrize(

@@ -115,8 +115,6 @@ def _complaint(model: nn.Module, input_shape: tuple[int, ...], classes: int, *, 
     for name, p in parameters.items():
         if is_lazy(p):
             return f"{name} has no size before it runs; run the network once before you return it"
-        if not p.requires_grad:
-            return f"{name} has requires_grad = False, but all parameters are trained; make it a buffer"
     if any(p.is_meta for p in parameters.values()):  # narrow asks for sizes alone
         return ""
     return _output_complaint(model, (_EXAMPLES, *input_shape), (_EXAMPLES, classes), tokens)
