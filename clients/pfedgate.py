@@ -29,7 +29,7 @@ from fedsparse.sparse.flat import FlatModel
 from fedsparse.steps import clip_, step_
 from fedsparse.task import Client, Params, Score, Split, Task, score
 
-_LOOKED_AT = 256  # training examples of which evaluation masks are told, in whole batches: a knapsack each by sample
+_LOOKED_AT = {"batch": 256, "sample": 32}  # training examples whose evaluation masks are looked at: each is a knapsack
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +187,8 @@ class PFedGateClient(GatedClient):
         return self._client_wide(self._scene(task, client, packet, memory))
 
     def evaluation_masks(self, task: Task, client: Client, packet: Packet, memory: Memory) -> Bools:
-        examples = max(1, _LOOKED_AT // self._together) * self._together  # a batch cut short has another mask
+        most = _LOOKED_AT[self.inference_mode] // self._together
+        examples = max(1, most) * self._together  # whole batches: one cut short has another mask
         x = client.train.x[:examples].to(task.device)
         return np.array([kept for _, kept, _ in self._masked(self._scene(task, client, packet, memory), x)])
 

@@ -49,7 +49,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "local": ("method=local",),
     **{f"pfedgate_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]") for s in (1.0, *SHARES)},
     "pfedgate_client_0.3": ("method=pfedgate", "budget.tiers=[0.3]", *FIXED),
-    # plain SGD, as the other rows, with the best of the rates that were tried for it: gates that hardly move
+    # plain SGD, as the other methods: gates that hardly move
     "pfedgate_slow_gates_0.3": ("method=pfedgate", "budget.tiers=[0.3]", *FIXED, *SLOW),
     **{f"official_{s:g}": (*OFFICIAL, f"budget.tiers=[{s:g}]") for s in SHARES},
 }

@@ -30,11 +30,13 @@ def user_module(path: str, kind: str) -> ModuleType:
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
+        if error.name and not f"{path}.".startswith(f"{error.name}."):  # it is there, and imports what is not
+            raise UserError(f"{kind} {path!r} cannot be loaded: {error}") from error
         beside = Path(*path.split(".")).with_suffix(".py")  # the console script does not look in the current folder
         if beside.is_file():
             return _file_module(beside, kind)
         raise UserError(f"{kind} {path!r}: no such module ({error})") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{kind} {path!r} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
@@ -60,7 +62,7 @@ def _file_module(path: Path, kind: str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up by name
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise UserError(f"{kind} file {str(path)!r} cannot be loaded: {type(error).__name__}: {error}") from error
     return module

@@ -239,6 +239,9 @@ def _slots(model: nn.Module) -> dict[str, list[Slot]]:
 
 def _drop_batch_counters(model: nn.Module) -> None:
     """Batch norm's integer batch counters are state without effect (fixed momentum); they would be averaged."""
-    for module in model.modules():
-        if "num_batches_tracked" in module._buffers:
-            module._buffers["num_batches_tracked"] = None
+    for name, module in model.named_modules():
+        if "num_batches_tracked" not in module._buffers:
+            continue
+        if getattr(module, "momentum", 0) is None:
+            raise UserError(f"layer {name!r} has momentum = None, a mean over all batches: set a number, such as 0.1")
+        module._buffers["num_batches_tracked"] = None

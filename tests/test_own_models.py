@@ -35,11 +35,13 @@ class Net(nn.Module):
         return self.output(torch.flatten(torch.relu(self.second(x)), 1))
 """
 ODD = """
+import torch
 from torch import nn
 from torch.nn import Linear
 from fedsparse.models import build_model
 
-layer, number = nn.Linear(2, 2), 3
+torch.manual_seed(0)
+layer, number, table = nn.Linear(2, 2), 3, torch.full((8, 8), 0.5)
 
 def linear(input_shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
 def narrow(input_shape, classes): return nn.Sequential(nn.Flatten(), nn.Linear(64, classes - 1))
@@ -53,6 +55,25 @@ def text(input_shape, classes): return "a network"
 def more(input_shape, classes, depth): return linear(input_shape, classes)
 def less(classes): return linear((), classes)
 def failing(input_shape, classes): raise LookupError("no\\nweights")
+def double(input_shape, classes): return linear(input_shape, classes).double()
+def middle(layer, classes): return nn.Sequential(nn.Flatten(), layer, nn.Linear(64, classes))
+def cumulative(input_shape, classes): return middle(nn.BatchNorm1d(64, momentum=None), classes)
+def normed(input_shape, classes, norm=nn.BatchNorm1d): return middle(norm(64), classes)
+def wide(input_shape, classes, width=64): return middle(nn.Linear(64, width), classes)
+class Centred(nn.Module):
+    def __init__(self, input_shape, classes, width=1.0):
+        super().__init__()
+        self.hidden, self.output = nn.Linear(64, max(1, int(16 * width))), nn.Linear(max(1, int(16 * width)), classes)
+        self.register_buffer("calls", torch.zeros(1))
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.output(self.hidden((x - table).flatten(1)))
+class Unused(nn.Module):
+    def __init__(self, input_shape, classes):
+        super().__init__()
+        self.used, self.spare = nn.Linear(64, classes), nn.Linear(64, classes)
+    def forward(self, x):
+        return self.used(x.flatten(1))
 def ours(input_shape, classes): return build_model("cnn", (64,), classes)
 
 class A(nn.Module): pass
@@ -140,7 +161,11 @@ def test_narrow_narrows_a_model_that_takes_a_width() -> None:
         (":build", "model '' cannot be loaded: ValueError"),
         ("broken.py", "model file 'broken.py' cannot be loaded: SyntaxError"),
         ("broken:build", "model 'broken' cannot be loaded: SyntaxError"),
-        ("odd.py", r"'odd.py' must hold one nn.Module class, it holds \['A', 'B'\]; name .* with odd.py:NAME"),
+        ("odd.py", r"'odd.py' must hold one nn.Module class, it holds \['A', .*\]; name .* with odd.py:NAME"),
+        ("leaving.py", "model file 'leaving.py' cannot be loaded: SystemExit: 3"),
+        ("lacking:build", "model 'lacking' cannot be loaded: No module named 'no_such_package'"),
+        ("odd.py:double", "1.weight is torch.float64, parameters must be torch.float32"),
+        ("odd.py:Unused", "its output does not depend on the parameters .'spare.weight', 'spare.bias'."),
         ("odd.py:liner", "unknown function or class in model 'odd.py': 'liner'; did you mean 'linear'"),
         ("odd.py:layer", "layer is of type Linear, it must be a function or a class"),
         ("odd.py:number", "number is of type int, it must be a function or a class"),
@@ -163,10 +188,40 @@ def test_what_cannot_be_trained_is_one_line(
     spec: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (here / "broken.py").write_text("def build(:\n")
+    (here / "leaving.py").write_text("raise SystemExit(3)\n")
+    (here / "lacking.py").write_text("import no_such_package\n")
     monkeypatch.syspath_prepend(str(here))
     with pytest.raises(UserError, match=message) as caught:
         build_model(spec, (1, 8, 8), 4)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("here")
+def test_a_mean_over_all_batches_is_refused() -> None:
+    with pytest.raises(UserError, match="layer '1' has momentum = None, a mean over all batches: set a number"):
+        run(from_dict({}, [*SHORT, "model=odd.py:cumulative", "method=fedavg"]))
+
+
+@pytest.mark.usefixtures("here")
+def test_defaults_of_its_own_stay() -> None:
+    assert build_model("odd.py:wide", (1, 8, 8), 4)[1].out_features == 64  # type: ignore[index, union-attr]
+    assert isinstance(build_model("odd.py:normed", (1, 8, 8), 4)[1], nn.BatchNorm1d)  # type: ignore[index]
+    with pytest.raises(UserError, match="'odd.py:wide': width is a factor here, 1 = as designed; .* the default 64"):
+        build_model("odd.py:wide", (1, 8, 8), 4, width=0.5)
+
+
+@pytest.mark.usefixtures("here")
+def test_what_a_file_draws_and_makes_when_it_is_loaded_does_not_matter() -> None:
+    """It is loaded once a process: a second build, and one of another seed, have the same values as a first one."""
+    Path("late.py").write_text(ODD)  # loaded first by a build of sizes alone
+    narrow = ["model=late.py:Centred", "narrow=parameters", "narrow_to=1.0"]
+    first, again, late, other = (
+        federation_of(from_dict({}, [*SHORT, "model=odd.py:Centred", "method=fedavg", *more])).task.init_params()
+        for more in ([], [], narrow, ["seed=1"])
+    )
+    assert all(torch.equal(first[name], then[name]) for name in first for then in (again, late))
+    assert not torch.equal(first["output.bias"], other["output.bias"])
+    assert not first["calls"].any()  # what is tried before the run is a copy
 
 
 @pytest.mark.usefixtures("here")

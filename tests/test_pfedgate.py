@@ -955,7 +955,8 @@ def test_in_mode_official_what_no_client_has_used_counts_as_never_trained() -> N
 def test_agreement_with_masks_by_batch_and_by_sample(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted by hand: each training mask of the last round with each evaluation mask, of 256 examples at most."""
+    """Counted by hand: each training mask of the last round with each evaluation mask, of 256 examples at most, 32 by
+    sample."""
     seen: dict[int, list[Bools]] = {0: [], 1: []}
     batch = Choice.batch
 
@@ -969,11 +970,11 @@ def test_agreement_with_masks_by_batch_and_by_sample(
     clients = [make_client(task, i, 0.5, n=n) for i, n in enumerate((27, 310))]
     server, state, memories, _ = play(task, clients, 2, **options)
     free, agreements, varied = ~server.gated.cut.forced, [], False
-    size = 1 if half.inference == "sample" else half.batch_size
+    size, most = (1, 32) if half.inference == "sample" else (half.batch_size, 256)
     for client in clients:
         gate = {n.removeprefix("gate/"): t for n, t in memories[client.id].items() if n.startswith("gate/")}
         choice, evaluated, start = half.choice(server.gated, client.device, 0.5), [], 0
-        while start < len(client.train) and (start == 0 or start + size <= 256):
+        while start < len(client.train) and (start == 0 or start + size <= most):
             evaluated.append(choice.evaluated(gate, client.train.x[start : start + size])[0])
             start += size
         last = seen[client.id][len(seen[client.id]) // 2 :]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fedsparse.errors import UserError, named, one_line, unknown
+from fedsparse.errors import UserError, named, one_line, shown, unknown
 from fedsparse.plugin import own_classes, split, user_module
 from fedsparse.threads import one_thread
 
@@ -49,7 +49,9 @@ def build_own(spec: str, input_shape: tuple[int, ...], classes: int, options: Ma
 
 def _callable(spec: str) -> Callable[..., Any]:
     path, name = split(spec)
-    module = user_module(path, "model")
+    # what the file draws or seeds when it is loaded, once a process, must not reach the values that a build draws
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        module = user_module(path, "model")
     if not name:
         return _only_class(spec, path, module)
     if name not in vars(module):
@@ -77,12 +79,22 @@ def _offered(module: ModuleType) -> list[str]:
 
 
 def _known(spec: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that the callable knows. Raises UserError for one that it ought to know."""
+    """The options that the callable knows: those asked for, and those that it has no default of its own for.
+
+    Raises UserError for one that it ought to know.
+    """
     parameters = _signature(spec, build).parameters
+    given = {}
     for name, value in options.items():
-        if name not in parameters and value != _DEFAULTS[name]:
+        own = parameters[name].default if name in parameters else None
+        asked = value != _DEFAULTS[name]
+        if asked and name not in parameters:
             raise UserError(f"model {spec!r} takes no {name!r}, which {_NEEDED_BY[name]}")
-    return {name: value for name, value in options.items() if name in parameters}
+        if asked and name == "width" and own not in (inspect.Parameter.empty, 1):
+            raise UserError(f"model {spec!r}: width is a factor here, 1 = as designed; its own has the default {own!r}")
+        if asked or own is inspect.Parameter.empty:
+            given[name] = value
+    return given
 
 
 def _signature(spec: str, build: Callable[..., Any]) -> inspect.Signature:
@@ -115,20 +127,40 @@ def _complaint(model: nn.Module, input_shape: tuple[int, ...], classes: int, *, 
     for name, p in parameters.items():
         if is_lazy(p):
             return f"{name} has no size before it runs; run the network once before you return it"
+        if p.dtype != torch.float32:
+            return f"{name} is {p.dtype}, parameters must be torch.float32"
     if any(p.is_meta for p in parameters.values()):  # narrow asks for sizes alone
         return ""
-    return _output_complaint(model, (_EXAMPLES, *input_shape), (_EXAMPLES, classes), tokens)
+    try:
+        tried = copy.deepcopy(model)
+    except Exception as error:
+        return f"it cannot be copied: {one_line(named(error))}"
+    x = torch.zeros((_EXAMPLES, *input_shape), dtype=torch.int64 if tokens else torch.float32)
+    with torch.random.fork_rng(devices=[]):
+        return _output_complaint(tried, x, (_EXAMPLES, classes)) or _gradient_complaint(tried, x)
 
 
-def _output_complaint(model: nn.Module, given: tuple[int, ...], wanted: tuple[int, ...], tokens: bool) -> str:
-    """What is wrong with the answer of a copy to a batch of zeros."""
-    x = torch.zeros(given, dtype=torch.int64 if tokens else torch.float32)
+def _output_complaint(model: nn.Module, x: Tensor, wanted: tuple[int, ...]) -> str:
+    """What is wrong with the answer to a batch."""
+    given = tuple(x.shape)
     try:
         with torch.no_grad():
-            logits = copy.deepcopy(model).eval()(x)
+            logits = model.eval()(x)
     except Exception as error:
         return f"it does not run on inputs of shape {given}: {one_line(named(error))}"
     if not isinstance(logits, Tensor):
         return f"it gives a {type(logits).__name__}, it must give logits of shape (n, classes)"
     shape = tuple(logits.shape)
     return "" if shape == wanted else f"it maps inputs of shape {given} to {shape}, they must become logits {wanted}"
+
+
+def _gradient_complaint(model: nn.Module, x: Tensor) -> str:
+    """Which parameters a batch in training does not use: they would have no gradient."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    try:
+        logits = model.train()(x)
+        grads = torch.autograd.grad(logits.sum(), list(trained.values()), allow_unused=True) if trained else ()
+    except Exception as error:
+        return f"it does not train on inputs of shape {tuple(x.shape)}: {one_line(named(error))}"
+    unused = [name for name, grad in zip(trained, grads, strict=True) if grad is None]
+    return f"its output does not depend on the parameters {shown(unused)}" if unused else ""

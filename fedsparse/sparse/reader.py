@@ -198,7 +198,7 @@ class Reader:
 
 
 def cannot_cut(what: str) -> UserError:
-    return UserError(f'pFedGate cannot cut {what}; method.mode = "paper" takes any model')
+    return UserError(f'pFedGate cannot cut {what}; method.mode = "paper" does not cut layers')
 
 
 def acts_in(value: Value) -> list[Act]:
