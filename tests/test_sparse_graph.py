@@ -607,7 +607,7 @@ def test_or_it_is_kept_whole(name: str) -> None:
 def test_a_transformer_is_cut_by_heads_and_hidden_units() -> None:
     """Its stream stays whole, for the layer norms: that is named, unless the stream is the network's input anyway."""
     model = Encoder(norm_first=False)
-    with pytest.raises(UserError, match=r"layer 'encoder.layers.0.norm1' \(LayerNorm\); uncut"):
+    with pytest.raises(UserError, match=r"layer 'encoder.layers.0.norm1' \(LayerNorm\); method.uncut"):
         structural_cut(model, (7,), tokens=True)
     cut = structural_cut(nn.Sequential(model.encoder, nn.Linear(12, CLASSES)), (7, 12))
     assert [(space.name, space.units) for space in cut.spaces] == [
