@@ -602,7 +602,10 @@ def chain(**layers: nn.Module) -> nn.Sequential:
     [
         (chain(output=nn.Linear(4, 2)), "a model without a hidden layer"),
         (chain(conv1=nn.Conv2d(4, 4, 1, groups=2), output=nn.Linear(4, 2)), r"'conv1' \(Conv2d\), a grouped"),
-        (chain(fc1=nn.Linear(4, 4), norm1=nn.LayerNorm(4), output=nn.Linear(4, 2)), r"'norm1' \(LayerNorm\); method.uncut"),
+        (
+            chain(fc1=nn.Linear(4, 4), norm1=nn.LayerNorm(4), output=nn.Linear(4, 2)),
+            r"'norm1' \(LayerNorm\); method.uncut",
+        ),
         (chain(fc1=nn.Linear(4, 4), act=nn.Sigmoid(), output=nn.Linear(4, 2)), r"'act' \(Sigmoid\); method.uncut"),
         (chain(fc1=nn.Linear(4, 4), output=nn.Linear(6, 2)), "does not run"),
     ],
