@@ -42,17 +42,17 @@ OFFICIAL = (
     "method.lr=0.03",
     "method.gate_lr=1.5",
 )
-FIXED = ("method.mask_scope=client",)
-SLOW = ("method.momentum=0", "method.lr=0.2", "method.gate_lr=0.1")
+SLOW = ("method.momentum=0", "method.gate_lr=0.1")
 RUNS: dict[str, tuple[str, ...]] = {
     "fedavg_ft": ("method=fedavg_ft",),
     "local": ("method=local",),
     **{f"pfedgate_{s:g}": ("method=pfedgate", f"budget.tiers=[{s:g}]") for s in (1.0, *SHARES)},
-    "pfedgate_client_0.3": ("method=pfedgate", "budget.tiers=[0.3]", *FIXED),
-    # plain SGD, as the other methods: gates that hardly move
-    "pfedgate_slow_gates_0.3": ("method=pfedgate", "budget.tiers=[0.3]", *FIXED, *SLOW),
+    "pfedgate_client_0.3": ("method=pfedgate", "budget.tiers=[0.3]", "method.mask_scope=client"),
     **{f"official_{s:g}": (*OFFICIAL, f"budget.tiers=[{s:g}]") for s in SHARES},
 }
+# plain SGD, as the other methods, with the rates of its trials: gates that hardly move
+RUNS["pfedgate_slow_gates_0.3"] = (*RUNS["pfedgate_0.3"], *SLOW, "method.lr=0.1")
+RUNS["pfedgate_client_slow_gates_0.3"] = (*RUNS["pfedgate_client_0.3"], *SLOW, "method.lr=0.2")
 NOVEL = ("partition.novel=0.2",)
 RUNS |= {f"novel_{name}": (*RUNS[name], *NOVEL) for name in ("fedavg_ft", "local", "pfedgate_0.5", "pfedgate_0.3")}
 CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|([0-9.]+))")
@@ -61,8 +61,8 @@ CONTROL = re.compile(r"(fedavg_ft|local)_(parameters|multiply_adds)_(?:of_(.+)|(
 FEW = ("rounds=15", "evaluate.every=15", "fraction=0.1", "evaluate.fraction=0.3")
 OFTEN = ("partition.max_clients=20", "fraction=0.5", "rounds=24", "evaluate.every=24")  # twelve rounds a client
 PLAIN = {"momentum": 0}
-HALF = {"momentum": 0, "gate_start": 0.5}
-ONE_MASK = {"momentum": 0, "mask_scope": "client", "lr": 0.2}
+HALF = {**PLAIN, "gate_start": 0.5}
+ONE_MASK = {**PLAIN, "mask_scope": "client", "lr": 0.2}
 SCALED = {"class_gates": "true"}
 STEEP = {"momentum": 0.9, "lr": 0.03, "gate_lr": 1.5}  # the paper's rates, its code's momentum
 AS_LONG = ("partition.max_clients=6", "fraction=1.0", "rounds=20", "evaluate.every=20")  # the epochs of a whole run

@@ -146,19 +146,17 @@ class Gated:
         return choose_blocks(self.cut, importance, limits, knapsack_cost(cost, limits), solver)
 
     def _official(self, importance: NDArray[np.float64], s: float) -> Bools:
-        sizes = self.cut.weights("parameters")
-        floor = official_floor(self.layout, s)
-        return official_choice(importance, sizes, self._linear, ~self.cut.forced, s, floor)
+        return official_choice(importance, *self._official_terms(s))
 
     def official_rooms(self, s: float) -> tuple[tuple[Ints, int], ...]:
         """See :func:`fedsparse.sparse.knapsack.official_rooms`, for the official code's s."""
-        sizes = self.cut.weights("parameters")
-        return official_rooms(sizes, self._linear, ~self.cut.forced, s, official_floor(self.layout, s))
+        return official_rooms(*self._official_terms(s))
 
-    @property
-    def _linear(self) -> Bools:
-        assert isinstance(self.cut, FlatCut)
-        return self.cut.linear
+    def _official_terms(self, s: float) -> tuple[Ints, Bools, Bools, float, float]:
+        """Sizes, linear, candidates, sparsity and floor of the official choice."""
+        cut = self.cut
+        assert isinstance(cut, FlatCut)
+        return cut.weights("parameters"), cut.linear, ~cut.forced, s, official_floor(self.layout, s)
 
     def mean_example(self, data: Split) -> Tensor:
         """(1, ...): the mean of a client's inputs, as the gate reads them."""

@@ -38,9 +38,10 @@ def build_own(spec: str, input_shape: tuple[int, ...], classes: int, options: Ma
     Raises UserError for a callable that is not there, fails, or gives what cannot be trained on such data.
     """
     build = _callable(spec)
-    given = {"input_shape": input_shape, "classes": classes, **_known(spec, build, options)}
+    signature = _signature(spec, build)
+    given = {"input_shape": input_shape, "classes": classes, **_known(spec, signature, options)}
     with one_thread():
-        model = _called(spec, build, given)
+        model = _called(spec, build, signature, given)
         complaint = _complaint(model, input_shape, classes, tokens=options["vocabulary"] > 0)
     if complaint:
         raise UserError(f"model {spec!r}: {complaint}")
@@ -78,12 +79,12 @@ def _offered(module: ModuleType) -> list[str]:
     return [n for n, v in own.items() if inspect.isfunction(v) or inspect.isclass(v)]
 
 
-def _known(spec: str, build: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+def _known(spec: str, signature: inspect.Signature, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that the callable knows: those asked for, and those that it has no default of its own for.
 
     Raises UserError for one that it ought to know.
     """
-    parameters = _signature(spec, build).parameters
+    parameters = signature.parameters
     given = {}
     for name, value in options.items():
         own = parameters[name].default if name in parameters else None
@@ -104,10 +105,10 @@ def _signature(spec: str, build: Callable[..., Any]) -> inspect.Signature:
         raise UserError(f"model {spec!r}: {error}") from error
 
 
-def _called(spec: str, build: Callable[..., Any], given: Mapping[str, Any]) -> nn.Module:
+def _called(spec: str, build: Callable[..., Any], signature: inspect.Signature, given: Mapping[str, Any]) -> nn.Module:
     arguments = ", ".join(f"{name}={value!r}" for name, value in given.items())
     try:
-        _signature(spec, build).bind(**given)
+        signature.bind(**given)
     except TypeError as error:
         raise UserError(f"model {spec!r} cannot be called with {arguments}: {error}") from error
     try:
