@@ -17,6 +17,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from torch.nn import functional
 
+from experiments import faults
 from fedsparse.client import FederatedClient, Memory, Metrics, client_app
 from fedsparse.engine.local import LocalGrid
 from fedsparse.engine.shared import Arena, Buffer, chunks, lay, pick
@@ -255,6 +256,24 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.parametrize("where", ["before", "after_in_parent", "after_in_child"])
+def test_ctrl_c_amid_the_start_of_workers_stops_the_driver_without_a_word(where: str, tmp_path: Path) -> None:
+    """Python drops an exception that a hook of a fork raises, so a driver would go on without its workers."""
+
+    def interrupted() -> None:
+        os.register_at_fork(**{where: lambda: os.killpg(0, signal.SIGINT)})
+        LocalGrid(ClientApp(), 4, workers=2)
+        time.sleep(60)
+
+    done = faults.attempt(interrupted, tmp_path / "log", limit=30)
+    assert (done.code, done.said, done.orphans) == (faults.CTRL_C, "", [])
+
+
+def test_ctrl_c_works_once_workers_are_there() -> None:
+    with LocalGrid(ClientApp(), 4, workers=2):
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_grid_needs_clients_and_workers() -> None:

@@ -15,6 +15,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -98,20 +99,21 @@ class _Pool:
         self._processes: list[BaseProcess] = []
         if "fork" not in multiprocessing.get_all_start_methods():
             raise UserError("engine.workers > 1 needs a system that can fork; use workers = 1")
-        fork = multiprocessing.get_context("fork")
         sys.stdout.flush()
-        for slots in self._slots:
-            ours, theirs = fork.Pipe()
-            inherited = [*self._pipes, ours]
-            process = fork.Process(
-                target=_work,
-                args=(Runner(app, partitions, not own), theirs, inherited, self._down, slots),
-                daemon=True,
-            )
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
+        with _interrupts_wait():
+            for slots in self._slots:
+                self._start(Runner(app, partitions, not own), slots)
+
+    def _start(self, runner: Runner, slots: list[_Slot]) -> None:
+        """One worker more."""
+        fork = multiprocessing.get_context("fork")
+        ours, theirs = fork.Pipe()
+        inherited = [*self._pipes, ours]
+        process = fork.Process(target=_work, args=(runner, theirs, inherited, self._down, slots), daemon=True)
+        process.start()
+        theirs.close()
+        self._pipes.append(ours)
+        self._processes.append(process)
 
     def run(self, jobs: list[tuple[int, Message]], states: MemoryStore) -> Iterator[Picked]:
         """Answers in the order of ``jobs``, as a stream: content, new state, error."""
@@ -218,9 +220,21 @@ class _Pool:
             arena.close()
 
 
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C comes after a fork: amid it Python's own hooks drop it, and a worker does not ignore it yet."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _work(runner: Runner, pipe: Connection, inherited: list[Connection], down: Arena, slots: list[_Slot]) -> None:
     """A worker's life: lists of jobs in, lists of answers out, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's business; one that waits is dropped
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
     for end in inherited:  # else a dead driver's pipes would stay open in its workers
         end.close()
     torch.set_num_threads(1)
