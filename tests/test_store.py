@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,15 @@ def test_a_damaged_file_is_noticed(tmp_path: Path, damage: str) -> None:
     fresh.restore({7: entry})
     with pytest.raises(UserError, match=r"client memory '.*7\.1\.safetensors' is damaged"):
         fresh[7]
+
+
+def test_a_store_without_files_makes_no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = MemoryStore()
+    store.put(0, memory(0))
+    assert store.get(0) is not None
+    assert store.get(1) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_temporary_folder_goes_with_the_store() -> None:

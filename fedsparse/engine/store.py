@@ -69,7 +69,8 @@ class MemoryStore(Mapping[int, RecordDict]):
         if client in self._here:
             self._here.move_to_end(client)
             return self._here[client]
-        records = read_memory(self.folder, self._files[client])
+        kept = self._files[client]  # of none there is no file, and no folder to make
+        records = read_memory(self.folder, kept)
         self._hold(client, records)
         return records
 
