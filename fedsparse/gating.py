@@ -85,7 +85,8 @@ class Choice:
         if self.open:
             return cut.everything, torch.ones(cut.blocks, device=x.device), None
         with self.gated.gate.bound(gate) as network:
-            network.train(len(x) > 1)
+            if network.training != (len(x) > 1):  # setting it costs a walk over all modules
+                network.train(len(x) > 1)
             scale, importance = network(x)
         fresh = importance.detach().double().cpu()
         scores = fresh if scores is None else self.smoothing * scores + (1 - self.smoothing) * fresh

@@ -77,7 +77,7 @@ class Gated:
         """The gate's scalars as far as a density budget counts them: the paper's and the official budget do not."""
         return 0 if self.flat else self.gate_size
 
-    @property
+    @cached_property
     def gate_activations(self) -> int:
         """Scalars that the gate holds for one example in training."""
         gate = self.gate.model

@@ -173,6 +173,13 @@ class GroupCut(Cut):
 
     def weights(self, cost: str) -> Ints:
         _check_cost(cost)
+        return self._weights[cost]
+
+    @cached_property
+    def _weights(self) -> dict[str, Ints]:
+        return {cost: self._own_weights(cost) for cost in COSTS}
+
+    def _own_weights(self, cost: str) -> Ints:
         row = np.zeros(len(self.spaces), np.int64)  # of one unit
         for tensor in self.tensors:
             if tensor.owning is not None:
@@ -195,7 +202,9 @@ class GroupCut(Cut):
 
     def _chosen(self, kept: Bools) -> Floats:
         """(L + 1,) 1 for what a kept set uses: its blocks, and what is not cut."""
-        return np.append(kept, True).astype(np.float64)
+        chosen = np.ones(self.blocks + 1)
+        chosen[:-1] = kept
+        return chosen
 
     def units_kept(self, kept: Bools) -> Ints:
         """(spaces,) how many units of each are kept."""

@@ -68,18 +68,23 @@ class ChannelRegion:
     rows: Runs | None
     cols: Runs | None
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """The part, as a copy; the tensor itself where the region is all of it."""
-        if self.rows is None and self.cols is None:
-            return tensor
-        part = tensor.new_empty(self.shape(tensor.shape))
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the tensor."""
+        return self.rows is None and self.cols is None
+
+    def take(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """The part: in ``out``, else as a copy, or the tensor itself where the region is all of it."""
+        if self.whole:
+            return tensor if out is None else out.copy_(tensor)
+        part = tensor.new_empty(self.shape(tensor.shape)) if out is None else out
         for inside, outside in self._pieces(part, tensor):
             inside[...] = outside
         return part
 
     def put_(self, tensor: Tensor, part: Tensor) -> None:
         """Write the part back in place."""
-        if self.rows is None and self.cols is None:
+        if self.whole:
             if part.data_ptr() != tensor.data_ptr():
                 tensor.copy_(part)
             return

@@ -24,7 +24,7 @@ def choose_blocks(
     if cost not in limits:
         raise ValueError(f"the knapsack counts {cost}, of which there is no limit, only of {list(limits)}")
     for name, limit in limits.items():
-        if limit < cut.spent(cut.forced, name):
+        if limit < _least(cut, name):
             raise ValueError(f"limit {limit} of {name} is below the smallest possible model")
     if all(_most(cut, name) <= limit for name, limit in limits.items()):
         return cut.everything
@@ -67,6 +67,11 @@ def _fill_(cut: Cut, kept: Bools, importance: Floats, limits: Mapping[str, int])
             return
         kept[waiting[0]] = True
         waiting = waiting[1:]
+
+
+@lru_cache(maxsize=64)
+def _least(cut: Cut, cost: str) -> int:
+    return cut.spent(cut.forced, cost)
 
 
 @lru_cache(maxsize=64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import accumulate
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -29,8 +29,14 @@ def unpack_bits(bitmap: Tensor, n: int) -> Bools:
 
 def pack(params: Mapping[str, Tensor], cut: Cut, touched: Bools) -> Tensor:
     """The touched values in one flat float32 tensor; ``touched``: (parts,)."""
-    parts = [region.take(params[region.name]).reshape(-1) for region in cut.regions(touched)]
-    return torch.cat(parts) if parts else torch.empty(0)
+    regions = cut.regions(touched)
+    if not regions:
+        return torch.empty(0)
+    shapes = [region.shape(params[region.name].shape) for region in regions]
+    values = params[regions[0].name].detach().new_empty(sum(map(math.prod, shapes)))
+    for region, part in zip(regions, _parts(values, shapes), strict=True):
+        region.take(params[region.name], part)
+    return values
 
 
 def unpack(
@@ -42,8 +48,16 @@ def unpack(
     """
     regions = cut.regions(touched)
     parts = [region.shape(shapes[region.name]) for region in regions]
-    starts = [0, *accumulate(int(np.prod(shape, dtype=np.int64)) for shape in parts)]
-    if values.ndim != 1 or len(values) != starts[-1]:
-        raise UserError(f"an update of {tuple(values.shape)} values does not fit its bitmap, which marks {starts[-1]}")
-    for region, shape, start, end in zip(regions, parts, starts[:-1], starts[1:], strict=True):
-        yield region, values[start:end].view(shape)
+    length = sum(map(math.prod, parts))
+    if values.ndim != 1 or len(values) != length:
+        raise UserError(f"an update of {tuple(values.shape)} values does not fit its bitmap, which marks {length}")
+    yield from zip(regions, _parts(values, parts), strict=True)
+
+
+def _parts(values: Tensor, shapes: Sequence[tuple[int, ...]]) -> Iterator[Tensor]:
+    """Views of these shapes, one behind the other."""
+    start = 0
+    for shape in shapes:
+        end = start + math.prod(shape)
+        yield values[start:end].view(shape)
+        start = end

@@ -16,6 +16,7 @@ from fedsparse.sparse.attention import attend
 from fedsparse.sparse.channels import Params, Selection, gather, scatter_
 from fedsparse.sparse.codec import pack, unpack
 from fedsparse.sparse.cut import Bools, Working
+from fedsparse.sparse.pooling import quick_pools
 from fedsparse.steps import clip_, step_
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class CompactModel(Working):
             _told(model, self._counts),
             _hooked(model, hooks),
             _by_heads(model, heads),
+            quick_pools(model),
         ):
             logits: Tensor = model(x)
         return logits

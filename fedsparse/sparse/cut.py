@@ -30,8 +30,8 @@ class Region(Protocol):
     def name(self) -> str:
         """The tensor's."""
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """The part (a copy, or the tensor itself where the part is all of it)."""
+    def take(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """The part: in ``out`` where that is given, else a copy, or the tensor itself where the part is all of it."""
 
     def put_(self, tensor: Tensor, part: Tensor) -> None:
         """Write the part back in place."""

@@ -75,9 +75,10 @@ class FlatRegion:
     start: int = 0
     end: int = 0
 
-    def take(self, tensor: Tensor) -> Tensor:
-        """The part, as a view where the tensor is contiguous; the tensor itself where the part is all of it."""
-        return tensor.reshape(-1)[self.start : self.end] if self.end else tensor
+    def take(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """The part: in ``out``, else a view where the tensor is contiguous; the tensor where the part is all of it."""
+        part = tensor.reshape(-1)[self.start : self.end] if self.end else tensor
+        return part if out is None else out.copy_(part)
 
     def put_(self, tensor: Tensor, part: Tensor) -> None:
         """Write the part back in place."""

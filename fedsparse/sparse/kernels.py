@@ -997,3 +997,46 @@ def _max_pool_backward(
                             gone = relu and top[j] <= 0
                             to[j * sw + start] += left[j] if hit and not gone else np.float32(0.0)
                             left[j] = np.float32(0.0) if hit else left[j]
+
+
+@inlined
+def _larger(v: Real, place: int, best: Real, at: Any) -> tuple[Real, Any]:
+    more = (v > best) | (v != v)
+    return (v if more else best), (np.int32(place) if more else at)
+
+
+@kernel
+def halve(x: Array, relu: bool, out: Array, places: Array) -> None:
+    """``out`` gets the largest value of each window of 2 x 2, or its ReLU, ``places`` where in its image it is.
+
+    x: any two axes before height and width; a last row or column of an odd size is in no window. places: int32, the
+    first of equals, ``~place`` where the ReLU is not active. NaN is the largest value of all, as in torch.
+    """
+    width = np.int32(x.shape[3])
+    for c in range(out.shape[0]):
+        for n in range(out.shape[1]):
+            for i in range(out.shape[2]):
+                top, low = row(x, c, n, 2 * i), row(x, c, n, 2 * i + 1)
+                best, place = row(out, c, n, i), row(places, c, n, i)
+                for j in range(len(best)):
+                    z, k = top[2 * j], np.int32(0)
+                    z, k = _larger(top[2 * j + 1], 1, z, k)
+                    z, k = _larger(low[2 * j], width, z, k)
+                    z, k = _larger(low[2 * j + 1], width + 1, z, k)
+                    k += np.int32(2 * i * width + 2 * j)
+                    best[j] = np.float32(0.0) if relu & (z < 0) else z
+                    place[j] = ~k if relu & (z <= 0) else k
+
+
+@kernel
+def halve_backward(grad: Array, places: Array, out: Array) -> None:
+    """``out`` (images, height * width) gets each window's gradient at its place, and zero elsewhere.
+
+    grad, places: (images, windows); see :func:`halve`.
+    """
+    for m in range(grad.shape[0]):
+        for k in range(out.shape[1]):
+            out[m, k] = np.float32(0.0)
+        for j in range(grad.shape[1]):
+            if places[m, j] >= 0:
+                out[m, places[m, j]] = grad[m, j]

@@ -48,7 +48,7 @@ _programs: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], Program | str]] = 
 
 def program_of(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
     """The model's program, read once. Raises UnsupportedError with the reason why it has none here."""
-    if reason := _no_numba():
+    if reason := no_numba():
         raise UnsupportedError(reason)
     known = _programs.setdefault(model, {})
     if input_shape not in known:
@@ -63,7 +63,7 @@ def program_of(model: nn.Module, input_shape: tuple[int, ...]) -> Program:
 
 
 @lru_cache(maxsize=1)
-def _no_numba() -> str:
+def no_numba() -> str:
     """Why numba cannot be used, or ""."""
     try:
         import_module("numba")
