@@ -150,6 +150,18 @@ def test_the_model_is_as_before_afterwards() -> None:
     with pytest.raises(RuntimeError), quick_pools(model):
         model(torch.zeros(1))
     assert not any("forward" in vars(module) for module in model.modules())
+    vars(model[2])["forward"] = own = lambda x: x
+    with quick_pools(model), quick_pools(model):
+        assert model(torch.ones(1, 3, 6, 6)).shape == (1, 4, 4, 4)
+    assert vars(model[2])["forward"] is own
+
+
+def test_an_image_that_is_too_small_is_refused_as_in_pytorch() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2))
+    with quick_pools(model):
+        assert model(torch.ones(0, 3, 6, 6)).shape == (0, 3, 3, 3)
+        with pytest.raises(RuntimeError, match="too small"):
+            model(torch.ones(1, 3, 6, 1))
 
 
 def test_a_gradient_in_another_layout_arrives() -> None:

@@ -6,9 +6,10 @@ would cost more than all that the part saves. The results are PyTorch's, bit for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,54 +21,64 @@ from fedsparse.sparse.representation import no_numba
 @contextmanager
 def quick_pools(model: nn.Module) -> Iterator[None]:
     """The model whose max-pools of 2 x 2 are computed here, for the length of the block."""
-    changed = []
-    for module in () if no_numba() else model.modules():
-        if type(module) is nn.Sequential and any(map(_halves, module)):
-            vars(module)["forward"] = partial(_in_turn, module)
-        elif _halves(module):
-            vars(module)["forward"] = partial(_pooled, module)
-        else:
-            continue
-        changed.append(module)
+    own = {module: forward for module in model.modules() if (forward := _own_forward(module))}
+    if own and no_numba():
+        own = {}
+    for module, forward in own.items():
+        vars(module)["forward"] = forward
     try:
         yield
     finally:
-        for module in changed:
+        for module in own:
             del vars(module)["forward"]
+
+
+def _own_forward(module: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What takes the place of a module's ``forward``, if something does."""
+    if _halves(module):
+        return partial(_pooled, module)
+    if type(module) is nn.Sequential and "forward" not in vars(module):
+        layers = list(module)
+        joined = [i for i, pair in enumerate(pairwise(layers)) if _joins(*pair)]
+        return partial(_in_turn, module, frozenset(joined)) if joined else None
+    return None
 
 
 def _halves(module: nn.Module) -> bool:
     """Whether it is the usual max-pool: 2 x 2, side by side."""
-    if type(module) is not nn.MaxPool2d or module.return_indices or module.ceil_mode:
+    if type(module) is not nn.MaxPool2d or module.return_indices or module.ceil_mode or "forward" in vars(module):
         return False
     return all(value in (2, (2, 2)) for value in (module.kernel_size, module.stride)) and (
         module.padding in (0, (0, 0)) and module.dilation in (1, (1, 1))
     )
 
 
-def _in_turn(chain: nn.Sequential, x: Tensor) -> Tensor:
-    """The chain's outputs, each ReLU that a pool follows computed by the pool."""
-    layers = list(chain)
-    waits = False
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        if waits:
-            x, waits = _pooled(layer, x, relu=True), False
-        elif type(layer) is nn.ReLU and following is not None and _halves(following) and _silent(layer, following):
-            waits = True
-        else:
+def _joins(first: nn.Module, second: nn.Module) -> bool:
+    """Whether the second can compute the first with itself: a pool a ReLU, where nobody looks at what is between."""
+    relu = type(first) is nn.ReLU and "forward" not in vars(first)
+    return relu and _halves(second) and _silent(first) and _silent(second)
+
+
+def _in_turn(chain: nn.Sequential, joined: frozenset[int], x: Tensor) -> Tensor:
+    """The chain's outputs. joined: the ReLUs that the pools behind them compute."""
+    for i, layer in enumerate(chain):
+        if i - 1 in joined:
+            x = _pooled(layer, x, relu=True)
+        elif i not in joined:
             x = layer(x)
     return x
 
 
-def _silent(*modules: nn.Module) -> bool:
-    """Whether nobody wants to see what goes in and out of them."""
+def _silent(module: nn.Module) -> bool:
+    """Whether nobody wants to see what goes in and out."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return not any(getattr(module, kind) for module in modules for kind in kinds)
+    return not any(getattr(module, kind) for kind in kinds)
 
 
 def _pooled(pool: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
     """``pool(x)`` or ``pool(relu(x))``: here where that is quicker, which in channels-last it is not."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4 and x.is_contiguous():
+    plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4 and x.is_contiguous()
+    if plain and x.numel() and min(x.shape[2:]) >= 2:
         return _Halve.apply(x, relu)  # type: ignore[no-any-return, no-untyped-call]
     return type(pool).forward(pool, torch.relu(x) if relu else x)  # type: ignore[no-any-return]
 
