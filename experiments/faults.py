@@ -358,6 +358,7 @@ def _child(work: Callable[[], object], log: Path) -> None:
     code = BROKEN
     try:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's jobs in the background ignore
         fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(fd, 1)
         os.dup2(fd, 2)
@@ -368,6 +369,7 @@ def _child(work: Callable[[], object], log: Path) -> None:
         print(f"error: {error}", file=sys.stderr)
         code = STOPPED
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not get out of here
         code = CTRL_C
     except BaseException:
         traceback.print_exc()

@@ -40,6 +40,7 @@ from fedsparse.replies import LARGEST_WEIGHT, is_number
 from fedsparse.seeding import numpy_rng
 from fedsparse.sparse.codec import pack, pack_bits, unpack, unpack_bits
 from fedsparse.sparse.cut import Bools
+from fedsparse.sparse.pooling import prepare_pools
 from fedsparse.strategy import AggregatingStrategy, Plan, Reply, State
 from fedsparse.task import Budget, Client, Device, Task
 
@@ -130,6 +131,8 @@ class PFedGate(AggregatingStrategy):
         if self.schedule != "constant" and all(d.budget.density is None for d in devices):
             raise UserError(f"schedule = {self.schedule!r} needs budgets of density (budget.tiers or budget.table)")
         layout = half.layout
+        if half.mode == "structural":
+            prepare_pools(task.model)
         if half.mode == "paper":  # the first chunks must leave a choice under the smallest budget
             smallest = min((d.budget.density or 1.0 for d in devices), default=1.0)
             layout = replace(layout, least=min(layout.least, smallest / 2))

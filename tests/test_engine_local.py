@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -258,12 +260,23 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.parametrize("threads", [False, True])
 @pytest.mark.parametrize("where", ["before", "after_in_parent", "after_in_child"])
-def test_ctrl_c_amid_the_start_of_workers_stops_the_driver_without_a_word(where: str, tmp_path: Path) -> None:
+def test_ctrl_c_amid_the_start_of_workers_stops_the_driver_without_a_word(
+    where: str, threads: bool, tmp_path: Path
+) -> None:
     """Python drops an exception that a hook of a fork raises, so a driver would go on without its workers."""
 
+    def press() -> None:
+        with suppress(FileExistsError):  # once
+            (tmp_path / "pressed").touch(exist_ok=False)
+            os.killpg(0, signal.SIGINT)
+            time.sleep(0.02)
+
     def interrupted() -> None:
-        os.register_at_fork(**{where: lambda: os.killpg(0, signal.SIGINT)})
+        os.register_at_fork(**{where: press})
+        if threads:  # the signal may come to any of them, but the exception to the main one
+            threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
         LocalGrid(ClientApp(), 4, workers=2)
         time.sleep(60)
 
@@ -271,9 +284,15 @@ def test_ctrl_c_amid_the_start_of_workers_stops_the_driver_without_a_word(where:
     assert (done.code, done.said, done.orphans) == (faults.CTRL_C, "", [])
 
 
-def test_ctrl_c_works_once_workers_are_there() -> None:
-    with LocalGrid(ClientApp(), 4, workers=2):
-        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN], ids=["heard", "ignored"])
+def test_ctrl_c_does_what_it_did_once_workers_are_there(handler: Any) -> None:
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with LocalGrid(ClientApp(), 4, workers=2):
+            assert signal.getsignal(signal.SIGINT) is handler
+            assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_grid_needs_clients_and_workers() -> None:

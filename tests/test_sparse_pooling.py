@@ -1,4 +1,4 @@
-"""Max-pools of our own against PyTorch's: values and gradients have the same bits, whatever stands around them."""
+"""Max-pools of our own against PyTorch's: the same values and gradients, exactly, whatever stands around them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsparse.seeding import torch_rng
+from fedsparse.sparse import pooling
 from fedsparse.sparse.pooling import quick_pools
 
 VALUES = torch.tensor([-1.0, -0.5, 0.0, 0.0, 0.5, 0.5, 2.0, math.inf, -math.inf, math.nan])
@@ -129,9 +130,11 @@ class Shared(nn.Module):
         return self.chain(x) + functional.adaptive_avg_pool2d(self.pool(x), 1)[:, :1]
 
 
-@pytest.mark.parametrize("model", [Apart(), Shared()], ids=lambda m: type(m).__name__)
-def test_a_network_that_uses_its_layers_in_other_ways_computes_the_same(model: nn.Module) -> None:
-    assert_same(both(model, images(2, 3, 14, 14, values=7)))
+@pytest.mark.parametrize("network", [Apart, Shared])
+def test_a_network_that_uses_its_layers_in_other_ways_computes_the_same(network: type[nn.Module]) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert_same(both(network(), images(2, 3, 14, 14, values=7)))
 
 
 def test_hooks_see_what_they_see_in_pytorch() -> None:
@@ -162,6 +165,39 @@ def test_an_image_that_is_too_small_is_refused_as_in_pytorch() -> None:
         assert model(torch.ones(0, 3, 6, 6)).shape == (0, 3, 3, 3)
         with pytest.raises(RuntimeError, match="too small"):
             model(torch.ones(1, 3, 6, 1))
+
+
+class Beside(nn.Module):
+    """The ReLU works in place, and what it worked on is used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.ReLU(inplace=True), nn.MaxPool2d(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 1
+        return functional.interpolate(self.chain(y), scale_factor=2.0) + y
+
+
+def test_a_relu_in_place_stays_in_place() -> None:
+    assert_same(both(Beside(), images(2, 3, 8, 8, values=8)))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_too(context: type[torch.no_grad]) -> None:
+    model, x = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), images(2, 3, 8, 8, values=8)
+    with context():
+        want = model(x)
+        with quick_pools(model):
+            assert torch.equal(model(x), want)
+
+
+def test_without_numba_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pooling, "no_numba", lambda: "numba is not installed")
+    model, x = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)), images(2, 3, 8, 8, values=8).requires_grad_()
+    pooling.prepare_pools(model)
+    with quick_pools(model):
+        assert not is_ours(model(x))
 
 
 def test_a_gradient_in_another_layout_arrives() -> None:

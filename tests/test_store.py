@@ -168,6 +168,8 @@ def test_a_store_without_files_makes_no_temporary_folder(tmp_path: Path, monkeyp
     store.put(0, memory(0))
     assert store.get(0) is not None
     assert store.get(1) is None
+    store.forget([])
+    store.restore({})
     assert list(tmp_path.iterdir()) == []
 
 

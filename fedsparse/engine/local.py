@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
+from types import FrameType
 
 import torch
 from flwr.app import Message, RecordDict
@@ -222,13 +224,25 @@ class _Pool:
 
 @contextmanager
 def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C comes after a fork: amid it Python's own hooks drop it, and a worker does not ignore it yet."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    """Ctrl-C is noted and comes after the block. Amid a fork Python's own hooks would drop it, and a worker that does
+    not ignore it yet would end with a traceback.
+
+    The mask is for the workers; other threads of this process, such as torch's, take the signal all the same.
+    """
+    noted: list[tuple[int, FrameType | None]] = []
+    handler, mask = signal.getsignal(signal.SIGINT), signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    swapped = callable(handler) and threading.current_thread() is threading.main_thread()
     try:
+        if swapped:
+            signal.signal(signal.SIGINT, lambda *args: noted.append(args))
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if swapped:
+            signal.signal(signal.SIGINT, handler)
+        if noted and callable(handler):
+            handler(*noted[0])
 
 
 def _work(runner: Runner, pipe: Connection, inherited: list[Connection], down: Arena, slots: list[_Slot]) -> None:

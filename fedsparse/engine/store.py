@@ -141,9 +141,14 @@ class MemoryStore(Mapping[int, RecordDict]):
     def forget(self, kept: Iterable[str]) -> None:
         """Delete all files but those named and those of current versions."""
         names = {*kept, *(entry.file for entry in self._files.values())}
-        for path in list(self.folder.glob("*/*")):
-            if _OURS.fullmatch(path.name) and str(path.relative_to(self.folder)) not in names:
+        for path in self._there():
+            if str(path.relative_to(self.folder)) not in names:
                 path.unlink(missing_ok=True)
+
+    def _there(self) -> list[Path]:
+        """The files in the folder, if that exists."""
+        found = [] if self._folder is None else self._folder.glob("*/*")
+        return [path for path in found if _OURS.fullmatch(path.name)]
 
     def restore(self, files: Mapping[int, Kept]) -> None:
         """The versions of a checkpoint, whatever the folder holds beside them; nothing is read yet."""
@@ -152,7 +157,7 @@ class MemoryStore(Mapping[int, RecordDict]):
         self._bytes = 0
         self._files = dict(files)
         self._versions = {client: _version_of(entry.file) for client, entry in files.items()}
-        there = (_version_of(path.name) for path in self.folder.glob("*/*") if _OURS.fullmatch(path.name))
+        there = (_version_of(path.name) for path in self._there())
         self._version = max((*self._versions.values(), *there), default=0)  # no name is given twice
 
     def close(self) -> None:

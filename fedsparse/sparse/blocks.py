@@ -177,7 +177,10 @@ class GroupCut(Cut):
 
     @cached_property
     def _weights(self) -> dict[str, Ints]:
-        return {cost: self._own_weights(cost) for cost in COSTS}
+        found = {cost: self._own_weights(cost) for cost in COSTS}
+        for weights in found.values():
+            weights.setflags(write=False)
+        return found
 
     def _own_weights(self, cost: str) -> Ints:
         row = np.zeros(len(self.spaces), np.int64)  # of one unit

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 
 import numpy as np
 import torch
@@ -33,7 +34,9 @@ def pack(params: Mapping[str, Tensor], cut: Cut, touched: Bools) -> Tensor:
     if not regions:
         return torch.empty(0)
     shapes = [region.shape(params[region.name].shape) for region in regions]
-    values = params[regions[0].name].detach().new_empty(sum(map(math.prod, shapes)))
+    kind = reduce(torch.promote_types, (params[region.name].dtype for region in regions))
+    device = params[regions[0].name].device
+    values = torch.empty(sum(map(math.prod, shapes)), dtype=kind, device=device)
     for region, part in zip(regions, _parts(values, shapes), strict=True):
         region.take(params[region.name], part)
     return values

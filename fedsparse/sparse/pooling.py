@@ -1,7 +1,7 @@
 """Max-pools of 2 x 2 in one pass with the ReLU before them, for models that compute with parts of their layers.
 
 A convolution that is cheap is kept almost whole, and its pool, for which PyTorch takes several times as long on a CPU,
-would cost more than all that the part saves. The results are PyTorch's, bit for bit, gradients too.
+would cost more than all that the part saves. Values and gradients have PyTorch's bits, but for the sign of a zero.
 """
 
 from __future__ import annotations
@@ -12,10 +12,22 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fedsparse.sparse.representation import no_numba
+
+
+def prepare_pools(model: nn.Module) -> None:
+    """What a driver does once, before it starts workers: compile or load the kernels, if the model has such pools."""
+    if any(map(_halves, model.modules())) and not no_numba():
+        from fedsparse.sparse import kernels
+
+        image, half = np.zeros((1, 1, 2, 2), np.float32), np.zeros((1, 1, 1, 1), np.float32)
+        kernels.halve(image, True, half, np.zeros(half.shape, np.int32))
+        kernels.halve_backward(half[0, 0], np.zeros((1, 1), np.int32), image.reshape(1, 4))
 
 
 @contextmanager
@@ -55,7 +67,7 @@ def _halves(module: nn.Module) -> bool:
 
 def _joins(first: nn.Module, second: nn.Module) -> bool:
     """Whether the second can compute the first with itself: a pool a ReLU, where nobody looks at what is between."""
-    relu = type(first) is nn.ReLU and "forward" not in vars(first)
+    relu = type(first) is nn.ReLU and not first.inplace and "forward" not in vars(first)
     return relu and _halves(second) and _silent(first) and _silent(second)
 
 
@@ -77,8 +89,8 @@ def _silent(module: nn.Module) -> bool:
 
 def _pooled(pool: nn.Module, x: Tensor, *, relu: bool = False) -> Tensor:
     """``pool(x)`` or ``pool(relu(x))``: here where that is quicker, which in channels-last it is not."""
-    plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4 and x.is_contiguous()
-    if plain and x.numel() and min(x.shape[2:]) >= 2:
+    plain = type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32
+    if plain and x.ndim == 4 and x.is_contiguous() and x.numel() and min(x.shape[2:]) >= 2:
         return _Halve.apply(x, relu)  # type: ignore[no-any-return, no-untyped-call]
     return type(pool).forward(pool, torch.relu(x) if relu else x)  # type: ignore[no-any-return]
 
@@ -98,6 +110,7 @@ class _Halve(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         from fedsparse.sparse import kernels
 
