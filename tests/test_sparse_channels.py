@@ -159,6 +159,19 @@ def test_the_cut_of_leafcnn1() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_kept_sets_of_one_price_class_cost_the_same(name: str) -> None:
+    cut = make_cut(make_task(name), blocks_per_layer=5)
+    rng = numpy_rng("classes", name)
+    found: dict[bytes, set[tuple[object, ...]]] = {}
+    for _ in range(300):
+        kept = cut.forced | (rng.random(cut.blocks) < 0.5)
+        costs = (*(cut.spent(kept, cost) for cost in COSTS), *cut.densities(kept).items())
+        found.setdefault(cut.price_class(kept), set()).add(costs)
+    assert len(found) < 300
+    assert all(len(costs) == 1 for costs in found.values())
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_costs_count_what_the_kept_set_uses(name: str) -> None:
     """Against counting entries of dense masks, against the cost model, and against the packed update."""
     task = make_task(name)

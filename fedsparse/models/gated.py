@@ -29,6 +29,7 @@ GATE_SHARE = 0.1  # of the model: a heavier gate is worth a note
 _LARGEST = ("density_true", "density_nominal", "memory", "forward_macs_max")  # reported as the maximum over batches
 _GATE_BATCH = 512  # examples a pass when a client's mask is computed; fixed, since it may change bits
 _RECEIVED = 1  # copies of a kept set beside the one in training: the received packet
+_KNOWN_COSTS = 10_000  # entries
 _PACKET = 2048  # bytes of an update beside its values and its bitmap: headers, names and scalars
 _MOST_GROUPS = 64  # a layer, when groups are made smaller to meet a small budget
 
@@ -83,6 +84,11 @@ class Gated:
         gate = self.gate.model
         assert isinstance(gate, Gate)
         return gate.activations
+
+    @cached_property
+    def known_costs(self) -> dict[tuple[int, int, bool, int | None, bytes], dict[str, float]]:
+        """What :class:`Account` has worked out, of all clients and rounds of this process."""
+        return {}
 
     @cached_property
     def buffers(self) -> int:
@@ -271,7 +277,7 @@ def _more_groups(start: int) -> Sequence[int]:
 
 @dataclass
 class Account:
-    """What a client's batches cost and lost in a round; each kept set is costed once.
+    """What a client's batches cost and lost in a round.
 
     batch_size: the largest batch, for the memory. copies: tensors of optimiser state a weight. gate: whether it is
     used. held: scalars of the model that the client holds beside the part in use; None = the kept set once more.
@@ -289,17 +295,15 @@ class Account:
     sums: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     used: NDArray[np.float64] = field(init=False)
-    _known: dict[bytes, dict[str, float]] = field(default_factory=dict)
+    _seen: set[bytes] = field(default_factory=set)  # kept sets
 
     def __post_init__(self) -> None:
         self.used = np.zeros(self.gated.cut.blocks)
 
     def add(self, kept: Bools, n: int, loss: float) -> None:
         """Count a batch of ``n`` examples that used the kept set, (L,) bool."""
-        key = kept.tobytes()
-        if key not in self._known:
-            self._known[key] = self._costs(kept)
-        costs = self._known[key]
+        costs = self._costs(kept)
+        self._seen.add(kept.tobytes())
         self.used += kept
         self.steps, self.samples = self.steps + 1, self.samples + n
         terms = {"loss": loss, "density": costs["density_true"], "flops": n * costs["flops"], "macs": n * costs["macs"]}
@@ -317,11 +321,21 @@ class Account:
             "forward_macs": self.sums["macs"] / self.samples,
             "density_mean": self.sums["density"] / self.steps,
             **self.largest,
-            "memory": self.largest["memory"] + 4 * self.waiting * (len(self._known) > 1),
+            "memory": self.largest["memory"] + 4 * self.waiting * (len(self._seen) > 1),
         }
 
     def _costs(self, kept: Bools) -> dict[str, float]:
-        """Of one kept set: densities, flops and multiply-adds per example, memory in bytes."""
+        """Of one kept set, worked out once for all of its class: that takes as long as a small layer."""
+        known = self.gated.known_costs
+        key = (self.batch_size, self.copies, self.gate, self.held, self.gated.cut.price_class(kept))
+        if key not in known:
+            if len(known) >= _KNOWN_COSTS:
+                known.clear()
+            known[key] = self._fresh_costs(kept)
+        return known[key]
+
+    def _fresh_costs(self, kept: Bools) -> dict[str, float]:
+        """Densities, flops and multiply-adds per example, memory in bytes."""
         gated, size = self.gated, self.gated.gate_size if self.gate else 0
         gate_macs = gated.gate_macs if self.gate else 0
         shares = gated.cut.densities(kept)

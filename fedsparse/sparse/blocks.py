@@ -213,6 +213,10 @@ class GroupCut(Cut):
         """(spaces,) how many units of each are kept."""
         return np.array([int(kept[space.members] @ space.sizes) for space in self.spaces], np.int64)
 
+    def price_class(self, kept: Bools) -> bytes:
+        """What there is of each space decides: which units these are costs nothing."""
+        return self.units_kept(kept).tobytes()
+
     def densities(self, kept: Bools) -> Mapping[str, tuple[float, float]]:
         shares = [int(n) / space.units for n, space in zip(self.units_kept(kept), self.spaces, strict=True)]
         shares.append(1.0)  # of what is not cut

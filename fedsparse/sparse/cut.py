@@ -59,6 +59,10 @@ class Cut(ABC):
     def spent(self, kept: Bools, cost: str = "parameters") -> int:
         """What a kept set really costs, parts outside all blocks included."""
 
+    def price_class(self, kept: Bools) -> bytes:
+        """Kept sets of the same class cost the same, and have the same :meth:`densities`."""
+        return kept.tobytes()
+
     @abstractmethod
     def added(self, kept: Bools, cost: str = "parameters") -> Floats:
         """(L,) by how much each block that is not kept would make a kept set cost more; whole numbers."""
