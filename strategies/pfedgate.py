@@ -131,13 +131,13 @@ class PFedGate(AggregatingStrategy):
         if self.schedule != "constant" and all(d.budget.density is None for d in devices):
             raise UserError(f"schedule = {self.schedule!r} needs budgets of density (budget.tiers or budget.table)")
         layout = half.layout
-        if half.mode == "structural" and task.device.type == "cpu":
-            prepare_pools(task.model)
         if half.mode == "paper":  # the first chunks must leave a choice under the smallest budget
             smallest = min((d.budget.density or 1.0 for d in devices), default=1.0)
             layout = replace(layout, least=min(layout.least, smallest / 2))
         layout = fitted(task, layout, lambda gated: self._check(half, gated, devices))
         self.gated: Gated = gated_model(task, layout)  # derived from the task: no state
+        if half.mode == "structural" and task.device.type == "cpu":
+            prepare_pools(task.model)
         return GateState(
             task.init_params(),
             groups=layout.blocks_per_layer,
